@@ -1,0 +1,269 @@
+"""`MixKVQConfig`: every choice of the codec and the cache as one frozen, JSON-able record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .policy.patterns import TIER_BITS, counts_of, scale_counts
+from .presets import PRESETS
+
+MAX_HEAD_DIM = 256
+MAX_CODED_BLOCK = 1024
+MAX_EXACT_BLOCK = 65535
+MAX_PATTERNS = 16
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "allocate": ("patterns", "threshold", "exact"),
+    "pattern_cost": ("model", "measured"),
+    "key_range": ("minmax", "search"),
+    "key_metadata": ("e5m3", "fp16"),
+    "key_reference": ("static", "none"),
+    "salience": ("rms", "mean_abs", "none"),
+    "value_bits": (1, 2, 3, 4, 8, 16),
+    "value_range": ("minmax", "search"),
+    "value_metadata": ("e5m3", "fp16"),
+    "value_basis": ("hadamard", "identity"),
+}
+
+
+def _close(name: object, known: Any) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"known: {', '.join(known)}{hint}"
+
+
+def list_presets() -> list[str]:
+    """Names that `MixKVQConfig.preset` and ``MixKVQCache(...)`` accept."""
+    return list(PRESETS)
+
+
+@dataclass(frozen=True)
+class BlockCodec:
+    """How one block of one layer is coded: a `MixKVQConfig` applied to a head_dim and a dtype.
+
+    The field names and meanings are those of ``mkvq_codec`` in ``csrc/mixkvq.h``; patterns hold channels per tier id
+    (1, 2, 3, 4, 8 bits, exact) and sum to ``head_dim``.
+    """
+
+    head_dim: int
+    block_length: int
+    dtype: str
+    """``"float32"``, ``"float16"`` or ``"bfloat16"``: of K, V, exact channels and exact records."""
+    allocate: str
+    key_group: int
+    key_metadata: str
+    key_range: str
+    key_reference: bool
+    value_bits: int
+    """0 means exact."""
+    value_group: int
+    value_metadata: str
+    value_range: str
+    value_rotation: bool
+    pattern_cost: str
+    patterns: tuple[tuple[int, ...], ...]
+    threshold_high: float
+    threshold_low: float
+
+
+@dataclass(frozen=True)
+class MixKVQConfig:
+    """All fields of a preset. Build one with `preset`, with the constructor, or with `from_json`.
+
+    Parameters
+    ----------
+    sink_length : int
+        First tokens of every row kept exact for ever.
+    residual_length : int
+        R: newest tokens kept exact; when the window reaches R tokens its oldest block is packed. At least ``block_length``.
+    block_length : int
+        Tokens packed at once. Coded blocks: a multiple of 32 and of ``key_group_size``, at most 1024.
+    allocate : {"patterns", "threshold", "exact"}
+        How key channels get their bits: by the best pattern of a menu, by thresholds on A_d (arXiv 2512.19206, section 4),
+        or all exact, keys and values (``lossless``).
+    key_patterns : tuple of {bits: channels}
+        The menu, each entry for 64 channels; bits in {1, 2, 3, 4, 8, 16}, 16 meaning exact.
+    pattern_cost : {"model", "measured"}
+        Expected error of a pattern: from the channel's variance, or by coding it.
+    thresholds : (float, float)
+        (high, low): A_d above high stays exact, above low gets 4 bits, the others 2.
+    key_range, value_range : {"minmax", "search"}
+        Range of a group: its minimum and maximum, or the clip with the least squared error.
+    key_group_size : int
+        Tokens that share a key channel's scale and offset; a multiple of 32 that divides ``block_length``.
+    key_metadata, value_metadata : {"e5m3", "fp16"}
+        8-bit scale and offset, or float16 scale and offset.
+    key_reference : {"static", "none"}
+        Code keys relative to a per-channel mean of the first packed block, or as they are.
+    salience : {"rms", "mean_abs", "none"}
+        I_d: root mean square or mean absolute value of the queries on channel d; "none": 1.
+    value_bits : {1, 2, 3, 4, 8, 16}
+        Bits of a value code; 16 keeps values exact.
+    value_group_size : int
+        Channels that share a value token's scale and offset; a multiple of 8; 0 means the whole head.
+    value_basis : {"hadamard", "identity"}
+        Rotate values before coding, or not.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the field, its value and what is allowed.
+    """
+
+    sink_length: int = 4
+    residual_length: int = 128
+    block_length: int = 128
+    allocate: str = "patterns"
+    key_patterns: tuple[Mapping[int, int], ...] = field(default_factory=lambda: PRESETS["default"]["key_patterns"])
+    pattern_cost: str = "model"
+    thresholds: tuple[float, float] = (1.44, 0.79)
+    key_range: str = "search"
+    key_group_size: int = 64
+    key_metadata: str = "e5m3"
+    key_reference: str = "static"
+    salience: str = "rms"
+    value_bits: int = 3
+    value_group_size: int = 0
+    value_range: str = "search"
+    value_metadata: str = "e5m3"
+    value_basis: str = "hadamard"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}")
+        exact = self.allocate == "exact"
+        self._integer("sink_length", 0, None, 1)
+        limit = MAX_EXACT_BLOCK if exact else MAX_CODED_BLOCK
+        self._integer("block_length", 1 if exact else 32, limit, 1 if exact else 32)
+        self._integer("residual_length", self.block_length, None, 1, "block_length <= residual_length")
+        if not exact:
+            self._integer("key_group_size", 32, self.block_length, 32)
+            if self.block_length % self.key_group_size:
+                raise ValueError(
+                    f"block_length is {self.block_length}, must be a multiple of key_group_size ({self.key_group_size})"
+                )
+        self._integer("value_group_size", 0, MAX_HEAD_DIM, 8)
+        object.__setattr__(self, "key_patterns", self._patterns(self.key_patterns))
+        object.__setattr__(self, "thresholds", self._thresholds(self.thresholds))
+
+    def _integer(self, name: str, low: int, high: int | None, step: int, rule: str = "") -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, must be an int")
+        if value < low or (high is not None and value > high) or value % step:
+            multiple = f"a multiple of {step} " if step > 1 else ""
+            upper = f" to {high}" if high is not None else " up"
+            raise ValueError(f"{name} is {value}, must be {multiple}from {low}{upper}{f' ({rule})' if rule else ''}")
+
+    @staticmethod
+    def _patterns(patterns: Any) -> tuple[dict[int, int], ...]:
+        if isinstance(patterns, Mapping):
+            patterns = (patterns,)
+        menu = tuple({int(bits): int(n) for bits, n in p.items()} for p in patterns)
+        if not 1 <= len(menu) <= MAX_PATTERNS:
+            raise ValueError(f"key_patterns has {len(menu)} entries, must have 1 to {MAX_PATTERNS}")
+        for p in menu:
+            for bits in p:
+                if bits not in TIER_BITS:
+                    raise ValueError(f"key_patterns: {bits} bits in {p}, must be one of {', '.join(map(str, TIER_BITS))}")
+            if sum(p.values()) != 64 or min(p.values()) < 0:
+                raise ValueError(f"key_patterns: {p} must split 64 channels, it splits {sum(p.values())}")
+        return menu
+
+    @staticmethod
+    def _thresholds(pair: Any) -> tuple[float, float]:
+        high, low = (float(x) for x in pair)
+        if not (0 <= low <= high < float("inf")):
+            raise ValueError(f"thresholds is ({high}, {low}), must be finite (high, low) with high >= low >= 0")
+        return high, low
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> MixKVQConfig:
+        """The preset ``name`` with some fields replaced.
+
+        Raises
+        ------
+        ValueError
+            For an unknown preset (naming the close ones) or a field outside its allowed set.
+        TypeError
+            For an unknown field, naming the close ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; {_close(name, PRESETS)}")
+        return cls(**cls._known({**PRESETS[name], **fields}))
+
+    @classmethod
+    def _known(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        names = {f.name for f in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in names:
+                raise TypeError(f"unknown field {name!r} of MixKVQConfig; {_close(name, names)}")
+        return dict(fields)
+
+    def replace(self, **fields: Any) -> MixKVQConfig:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **self._known(fields))
+
+    @property
+    def name(self) -> str:
+        """Name of the preset that this configuration equals, or ``"custom"``."""
+        return next((n for n in PRESETS if MixKVQConfig.preset(n) == self), "custom")
+
+    def to_json(self) -> str:
+        """The configuration as JSON; `from_json` reads it back to an equal object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> MixKVQConfig:
+        """Read what `to_json` wrote. Raises as the constructor does."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"a MixKVQConfig in JSON is an object, not {text[:40]!r}")
+        return cls(**cls._known(fields))
+
+    def codec(self, head_dim: int, dtype: str) -> BlockCodec:
+        """The block codec for one layer.
+
+        Parameters
+        ----------
+        head_dim : int
+            8 to 256, a multiple of 8.
+        dtype : {"float32", "float16", "bfloat16"}
+            The model's dtype.
+
+        Raises
+        ------
+        ValueError
+            If packed kernels do not support this head_dim or dtype.
+        """
+        if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}, must be float32, float16 or bfloat16")
+        return BlockCodec(
+            head_dim=head_dim,
+            block_length=self.block_length,
+            dtype=dtype,
+            allocate=self.allocate,
+            key_group=self.key_group_size,
+            key_metadata=self.key_metadata,
+            key_range=self.key_range,
+            key_reference=self.key_reference == "static",
+            value_bits=0 if self.value_bits == 16 else self.value_bits,
+            value_group=min(self.value_group_size, head_dim) or head_dim,
+            value_metadata=self.value_metadata,
+            value_range=self.value_range,
+            value_rotation=self.value_basis == "hadamard" and self.value_bits != 16,
+            pattern_cost=self.pattern_cost,
+            patterns=tuple(scale_counts(counts_of(p), head_dim) for p in self.key_patterns),
+            threshold_high=self.thresholds[0],
+            threshold_low=self.thresholds[1],
+        )

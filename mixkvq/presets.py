@@ -1,0 +1,74 @@
+"""The named presets: a system is one record of fields (see `mixkvq.config.MixKVQConfig` for their meaning).
+
+Key patterns are ``{bits: channels}`` per 64 channels. The menus of `default` and `compact` were chosen by the KL divergence they give
+on real models; every entry of a menu fills the same number of u32 columns, hence one record size per preset.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_OURS: dict[str, Any] = {
+    "sink_length": 4,
+    "residual_length": 128,
+    "block_length": 128,
+    "allocate": "patterns",
+    "pattern_cost": "model",
+    "key_range": "search",
+    "key_metadata": "e5m3",
+    "key_reference": "static",
+    "salience": "rms",
+    "value_group_size": 0,
+    "value_range": "search",
+    "value_metadata": "e5m3",
+    "value_basis": "hadamard",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        **_OURS,
+        "key_patterns": (
+            {4: 16, 3: 32, 2: 16},
+            {4: 32, 2: 32},
+            {8: 8, 4: 8, 2: 48},
+            {3: 64},
+            {8: 4, 4: 24, 2: 16, 1: 20},
+            {8: 4, 4: 16, 3: 20, 2: 12, 1: 12},
+            {4: 24, 3: 24, 2: 8, 1: 8},
+        ),
+        "key_group_size": 64,
+        "value_bits": 3,
+    },
+    "compact": {
+        **_OURS,
+        "key_patterns": (
+            {4: 8, 3: 24, 2: 24, 1: 8},
+            {4: 16, 2: 48},
+            {8: 4, 4: 8, 2: 32, 1: 20},
+            {4: 24, 2: 16, 1: 24},
+            {3: 32, 2: 32},
+            {4: 16, 3: 16, 2: 16, 1: 16},
+        ),
+        "key_group_size": 128,
+        "value_bits": 2,
+    },
+    "kivi-2": {
+        "sink_length": 0,
+        "residual_length": 128,
+        "block_length": 128,
+        "allocate": "patterns",
+        "key_patterns": ({2: 64},),
+        "pattern_cost": "model",
+        "key_range": "minmax",
+        "key_metadata": "fp16",
+        "key_group_size": 32,
+        "key_reference": "none",
+        "salience": "none",
+        "value_bits": 2,
+        "value_group_size": 32,
+        "value_range": "minmax",
+        "value_metadata": "fp16",
+        "value_basis": "identity",
+    },
+    "lossless": {"sink_length": 0, "residual_length": 128, "block_length": 128, "allocate": "exact", "salience": "none"},
+}
