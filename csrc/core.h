@@ -1,0 +1,45 @@
+/* core.h - inside of the core: the kernel table that an instruction set fills, and the units of work that kernels take.
+ *
+ * A unit is what one thread does on its own: one row and head of a pack, one tile of query rows of an attention. Arguments have been checked. */
+#ifndef MKVQ_CORE_H
+#define MKVQ_CORE_H
+#include "layout.h"
+
+#define MKVQ_TILE_ROWS 8     /* query rows that share one reading of the codes */
+#define MKVQ_TILE_TOKENS 128 /* tokens scored before their values are added */
+
+typedef struct {
+    const char *name;
+    void (*salience)(const mkvq_salience_args *, int64_t row, int64_t head);
+    void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head);
+    void (*unpack)(const mkvq_unpack_args *, int64_t row, int64_t head);
+    void (*attend)(const mkvq_attend_args *, int64_t row, int64_t head, int64_t tile);
+} mkvq_kernels;
+
+extern const mkvq_kernels mkvq_kernels_scalar;
+#if defined(__x86_64__)
+extern const mkvq_kernels mkvq_kernels_avx2;
+#endif
+
+const mkvq_kernels *mkvq_kernel_table(void);
+
+mkvq_status mkvq_check_salience(const mkvq_salience_args *args, mkvq_error *error);
+mkvq_status mkvq_check_pack(const mkvq_pack_args *args, mkvq_error *error);
+mkvq_status mkvq_check_unpack(const mkvq_unpack_args *args, mkvq_error *error);
+mkvq_status mkvq_check_append(const mkvq_append_args *args, mkvq_error *error);
+mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
+
+static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head, int64_t block)
+{
+    const int64_t place = h->place[(row * h->kv_heads + head) * h->place_stride + block];
+    return (const uint8_t *)(uintptr_t)h->slab_base[place >> MKVQ_SLAB_SHIFT] +
+           (place & ((INT64_C(1) << MKVQ_SLAB_SHIFT) - 1));
+}
+
+/* Address of element [a, b, c, 0]. */
+static inline uint8_t *mkvq_at(const mkvq_view *v, int64_t a, int64_t b, int64_t c)
+{
+    return (uint8_t *)v->data +
+           (a * v->stride[0] + b * v->stride[1] + c * v->stride[2]) * mkvq_dtype_bytes(v->dtype);
+}
+#endif

@@ -1,0 +1,103 @@
+/* group.inl.h - coding one group: n contiguous floats (n a multiple of 8) to b-bit codes with one scale and offset.
+ *
+ * docs/format.md section 4, "Coding a group", step by step. The lanes of a vector are the eight partial sums. */
+typedef struct {
+    float scale, offset;
+    uint16_t scale_bits, offset_bits; /* as stored: e5m3 byte and int8, or two float16 */
+    int limit;                        /* largest code; 0 in a constant group of fp16 metadata */
+    int raised;
+    float error;
+} group_code;
+
+typedef struct {
+    float low, high;
+} group_range;
+
+static inline group_range find_range(const float *x, int n)
+{
+    vf low = vf_load(x), high = low;
+    for (int i = 8; i < n; i += 8) {
+        const vf y = vf_load(x + i);
+        low = vf_min(low, y), high = vf_max(high, y);
+    }
+    return (group_range){vf_hmin(low), vf_hmax(high)};
+}
+
+/* Step 2: rounds scale and offset to their stored form; 0 if they do not fit. */
+static inline int fit(float range, float low, int bits, int metadata, group_code *g)
+{
+    const float raw = range / (float)((1 << bits) - 1);
+    low += 0.0f; /* -0 counts as +0 */
+    g->limit = (1 << bits) - 1, g->raised = 0;
+    if (metadata == MKVQ_META_FP16_FP16) {
+        g->scale_bits = mkvq_f32_to_f16(raw), g->offset_bits = mkvq_f32_to_f16(low);
+        g->scale = mkvq_f16_to_f32(g->scale_bits), g->offset = mkvq_f16_to_f32(g->offset_bits);
+        if (!(g->scale > 0x1p-24f))
+            g->scale = 0x1p-24f, g->scale_bits = 1;
+        return (g->scale_bits & 0x7c00) != 0x7c00 && (g->offset_bits & 0x7c00) != 0x7c00;
+    }
+    if (!(raw <= MKVQ_E5M3_MAX))
+        return 0;
+    int code = mkvq_e5m3_code(raw);
+    const int first = code;
+    float z = low / mkvq_offset_unit(mkvq_e5m3_value((uint8_t)code), bits);
+    while (!(z > -127.5f && z < 127.5f)) { /* 127.5 rounds to 128 */
+        if (++code > 255)
+            return 0;
+        z = low / mkvq_offset_unit(mkvq_e5m3_value((uint8_t)code), bits);
+    }
+    const float k = mkvq_round(z);
+    g->scale = mkvq_e5m3_value((uint8_t)code);
+    g->offset = k * mkvq_offset_unit(g->scale, bits) + 0.0f;
+    g->scale_bits = (uint16_t)code, g->offset_bits = (uint8_t)(int8_t)k, g->raised = code != first;
+    return 1;
+}
+
+/* Step 3, as whole floats: division, clamp, round (clamping first changes nothing and keeps the rounding small). */
+static inline vf codes_of(vf x, const group_code *g)
+{
+    const vf z = vf_div(vf_sub(x, vf_set1(g->offset)), vf_set1(g->scale));
+    return vf_round(vf_min(vf_max(z, vf_set1(0.0f)), vf_set1((float)g->limit)));
+}
+
+static inline float squared_error(const float *x, int n, const group_code *g)
+{
+    vf sum = vf_set1(0.0f);
+    for (int i = 0; i < n; i += 8) {
+        const vf y = vf_load(x + i), c = codes_of(y, g);
+        const vf d = vf_sub(y, vf_add(vf_mul(c, vf_set1(g->scale)), vf_set1(g->offset)));
+        sum = vf_add(sum, vf_mul(d, d));
+    }
+    return vf_sum(sum);
+}
+
+/* Chooses scale and offset of a group whose minimum and maximum are `r`; 0 if nothing fits. `error` is set by a search, or when asked for. */
+static int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule, int need_error, group_code *best)
+{
+    static const float ratios[5][8] = {
+        {1, .9f, .8f, .7f, .6f, .5f, .4f}, {1, .92f, .84f, .76f, .68f, .6f, .52f, .44f},
+        {1, .93f, .86f, .79f, .72f, .65f}, {1, .94f, .88f, .8f}, {1}};
+    static const uint8_t row[9] = {0, 0, 1, 2, 3, 0, 0, 0, 4}, count[5] = {7, 8, 6, 4, 1};
+    if (rule == MKVQ_RANGE_MINMAX) {
+        if (!fit(r.high - r.low, r.low, bits, metadata, best))
+            return 0;
+        if (metadata == MKVQ_META_FP16_FP16 && r.high == r.low)
+            best->limit = 0;
+        best->error = need_error ? squared_error(x, n, best) : 0.0f;
+        return 1;
+    }
+    const float middle = (r.high + r.low) * 0.5f, half = (r.high - r.low) * 0.5f;
+    int found = 0;
+    for (int i = 0; i < count[row[bits]]; i++) {
+        const float ratio = ratios[row[bits]][i];
+        group_code g;
+        if (!fit(2.0f * ratio * half, middle - ratio * half, bits, metadata, &g))
+            continue;
+        if (metadata == MKVQ_META_FP16_FP16 && r.high == r.low)
+            g.limit = 0;
+        g.error = squared_error(x, n, &g);
+        if (!found || g.error < best->error)
+            *best = g, found = 1;
+    }
+    return found;
+}

@@ -1,0 +1,287 @@
+/* pack.inl.h - one block of one head: statistics, tiers, codes, record.
+ *
+ * Keys are read eight channels at a time and transposed, so that a channel's tokens are contiguous: lanes are tokens, as in the key columns. Values
+ * are read a token at a time: lanes are channels, as in the value rows. Either way the codes of a vector are or-ed into u32 words in place. */
+typedef struct {
+    const mkvq_pack_args *args;
+    int64_t row, head, token; /* first token of the block */
+    const float *mu;          /* [D] or NULL */
+    int64_t raised;
+} block_source;
+
+/* Eight channels from `channel` on, minus mu, to panel[8][T]; 0 if a value is not finite. */
+static int load_panel(const block_source *s, int channel, const float *mu, float *panel)
+{
+    const mkvq_view *k = &s->args->k;
+    const int tokens = s->args->codec->block_length;
+    const int64_t step = channel * k->stride[3] * mkvq_dtype_bytes(k->dtype);
+    int finite = 1;
+    for (int t = 0; t < tokens; t += 8) {
+        vf r[8];
+        for (int i = 0; i < 8; i++) {
+            r[i] = load8(mkvq_at(k, s->row, s->head, s->token + t + i) + step, k->dtype, k->stride[3]);
+            finite &= vf_finite(r[i]);
+        }
+        vf_transpose(r);
+        for (int i = 0; i < 8; i++)
+            vf_store(panel + i * tokens + t, mu ? vf_sub(r[i], vf_set1(mu[channel + i])) : r[i]);
+    }
+    return finite;
+}
+
+/* Channel means, rounded to float16; 0 if one is not finite. */
+static int find_reference(const block_source *s, float *panel, uint16_t *half, float *mu)
+{
+    const mkvq_codec *codec = s->args->codec;
+    for (int c = 0; c < codec->head_dim; c += 8) {
+        if (!load_panel(s, c, NULL, panel))
+            return 0;
+        for (int i = 0; i < 8; i++) {
+            vf sum = vf_set1(0.0f);
+            for (int t = 0; t < codec->block_length; t += 8)
+                sum = vf_add(sum, vf_load(panel + i * codec->block_length + t));
+            half[c + i] = mkvq_f32_to_f16(vf_sum(sum) / (float)codec->block_length);
+            mu[c + i] = mkvq_f16_to_f32(half[c + i]);
+            if ((half[c + i] & 0x7c00) == 0x7c00)
+                return 0;
+        }
+    }
+    return 1;
+}
+
+static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uint16_t bits)
+{
+    if (metadata == MKVQ_META_FP16_FP16)
+        memcpy(plane + 2 * index, &bits, 2);
+    else
+        plane[index] = (uint8_t)bits;
+}
+
+/* Ors (code >> drop) & mask of n elements, shifted, into n words. */
+static inline void put_codes(uint32_t *words, const float *x, int n, const group_code *g, int drop, uint32_t mask, int shift)
+{
+    for (int i = 0; i < n; i += 8) {
+        const vi code = vi_and1(vi_shr(vi_from_vf(codes_of(vf_load(x + i), g)), drop), mask);
+        vi_store(words + i, vi_or(vi_load(words + i), vi_shl(code, shift)));
+    }
+}
+
+/* Codes one channel into its column entries; 0 if a group does not fit. `stored` is its index in stored order. */
+static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int stored, const float *x, uint8_t *record, float *largest)
+{
+    const mkvq_codec *codec = s->args->codec;
+    const int tokens = codec->block_length, bits = mkvq_tier_bits(tier), *n = l->counts, *columns = l->columns;
+    uint32_t *words = (uint32_t *)(void *)(record + l->key_columns), *third = NULL;
+    int shift, entry = stored, third_shift = 0;
+    if (tier == MKVQ_TIER_8) {
+        words += (int64_t)tokens * (entry / 4), shift = 8 * (entry % 4);
+    } else if (tier == MKVQ_TIER_4) {
+        entry -= n[MKVQ_TIER_8];
+        words += (int64_t)tokens * (columns[0] + entry / 8), shift = 4 * (entry % 8);
+    } else {
+        uint32_t *ones = words + (int64_t)tokens * (columns[0] + columns[1] + columns[2]);
+        entry -= n[MKVQ_TIER_8] + n[MKVQ_TIER_4];
+        if (tier == MKVQ_TIER_1) {
+            entry -= n[MKVQ_TIER_2];
+            words = ones + (int64_t)tokens * (entry / 32), shift = mkvq_one_bit(entry % 32);
+        } else {
+            words += (int64_t)tokens * (columns[0] + columns[1] + entry / 16), shift = 2 * (entry % 16);
+            if (tier == MKVQ_TIER_3)
+                third = ones + (int64_t)tokens * (entry / 32), third_shift = mkvq_one_bit(entry % 32);
+        }
+    }
+    uint8_t *scales = record + l->key_meta;
+    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->key_metadata) * l->key_groups * l->coded;
+    for (int i = 0, t = 0; i < l->key_groups; i++, t += codec->key_group) {
+        group_code g;
+        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group), bits, codec->key_metadata,
+                        codec->key_range, 0, &g))
+            return 0;
+        put_metadata(scales, (int64_t)i * l->coded + stored, codec->key_metadata, g.scale_bits);
+        put_metadata(offsets, (int64_t)i * l->coded + stored, codec->key_metadata, g.offset_bits);
+        put_codes(words + t, x + t, codec->key_group, &g, 0, third ? 3 : (1u << bits) - 1, shift);
+        if (third)
+            put_codes(third + t, x + t, codec->key_group, &g, 2, 1, third_shift);
+        s->raised += g.raised;
+        largest[tier] = g.scale > largest[tier] ? g.scale : largest[tier];
+    }
+    return 1;
+}
+
+static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_t *record, float *largest)
+{
+    const mkvq_view *k = &s->args->k;
+    const int tokens = l->head.tokens, size = mkvq_dtype_bytes(k->dtype);
+    int stored_of[MKVQ_MAX_HEAD_DIM];
+    for (int i = 0; i < l->head.head_dim; i++)
+        stored_of[l->order[i]] = i;
+    for (int c = 0; c < l->head.head_dim; c += 8) {
+        load_panel(s, c, s->mu, panel);
+        for (int i = 0; i < 8; i++) {
+            const int tier = l->tier[c + i], stored = stored_of[c + i];
+            if (tier != MKVQ_TIER_EXACT) {
+                if (!pack_channel(s, l, tier, stored, panel + i * tokens, record, largest))
+                    return 0;
+                continue;
+            }
+            uint8_t *out = record + l->exact_keys + (int64_t)(stored - l->coded) * tokens * size;
+            for (int t = 0; t < tokens; t++)
+                memcpy(out + t * size, mkvq_at(k, s->row, s->head, s->token + t) + (c + i) * k->stride[3] * size, (size_t)size);
+        }
+    }
+    return 1;
+}
+
+/* One token's values into bit position t of its rows; 0 if a value is not finite or a group does not fit. */
+static int pack_value_token(block_source *s, const mkvq_layout *l, int t, float *x, uint8_t *record, float *largest)
+{
+    const mkvq_codec *codec = s->args->codec;
+    const int dim = codec->head_dim, bits = codec->value_bits, tokens = codec->block_length;
+    uint32_t *words = (uint32_t *)(void *)(record + l->values), *third = NULL;
+    int shift, third_shift = 0;
+    if (bits == 3) {
+        third = words + (int64_t)dim * (tokens / 16 + t / 32), third_shift = mkvq_one_bit(t % 32);
+        words += (int64_t)dim * (t / 16), shift = 2 * (t % 16);
+    } else {
+        const int per = 32 / bits;
+        words += (int64_t)dim * (t / per), shift = bits == 1 ? mkvq_one_bit(t % 32) : bits * (t % per);
+    }
+    uint8_t *scales = record + l->value_meta;
+    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups * tokens;
+    for (int i = 0, c = 0; i < l->value_groups; i++, c += codec->value_group) {
+        const int n = c + codec->value_group < dim ? codec->value_group : dim - c;
+        group_code g;
+        if (!code_group(x + c, n, find_range(x + c, n), bits, codec->value_metadata, codec->value_range, 0, &g))
+            return 0;
+        put_metadata(scales, (int64_t)i * tokens + t, codec->value_metadata, g.scale_bits);
+        put_metadata(offsets, (int64_t)i * tokens + t, codec->value_metadata, g.offset_bits);
+        put_codes(words + c, x + c, n, &g, 0, third ? 3 : (1u << bits) - 1, shift);
+        if (third)
+            put_codes(third + c, x + c, n, &g, 2, 1, third_shift);
+        s->raised += g.raised;
+        *largest = g.scale > *largest ? g.scale : *largest;
+    }
+    return 1;
+}
+
+static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, float *largest)
+{
+    const mkvq_view *v = &s->args->v;
+    const int dim = l->head.head_dim, size = mkvq_dtype_bytes(v->dtype);
+    float x[MKVQ_MAX_HEAD_DIM];
+    for (int t = 0; t < l->head.tokens; t++) {
+        const uint8_t *p = mkvq_at(v, s->row, s->head, s->token + t);
+        load_row(x, p, v->dtype, v->stride[3], dim);
+        for (int c = 0; c < dim; c += 8)
+            if (!vf_finite(vf_load(x + c)))
+                return 0;
+        if (!l->head.value_bits) {
+            copy_row(record + l->values + (int64_t)t * dim * size, p, v->dtype, v->stride[3], dim);
+            continue;
+        }
+        if (s->args->codec->value_rotation)
+            hadamard(x, dim);
+        if (!pack_value_token(s, l, t, x, record, largest))
+            return 0;
+    }
+    return 1;
+}
+
+/* The coded record of a block; 0 if the block must become an exact one. */
+static int64_t pack_coded(block_source *s, const float *importance, float *panel, uint8_t *record)
+{
+    const mkvq_codec *codec = s->args->codec;
+    channel_stats stats;
+    mkvq_layout l;
+    float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
+    for (int c = 0; c < codec->head_dim; c += 8) {
+        if (!load_panel(s, c, s->mu, panel))
+            return 0;
+        for (int i = 0; i < 8; i++)
+            measure_channel(codec, panel + i * codec->block_length, c + i, &stats);
+    }
+    memset(&l, 0, sizeof l);
+    if (!choose_tiers(codec, &stats, importance, l.tier))
+        return 0;
+    mkvq_header *h = &l.head;
+    h->magic = MKVQ_MAGIC, h->version = MKVQ_FORMAT_VERSION, h->kind = MKVQ_KIND_CODED;
+    h->dtype = (uint8_t)codec->dtype, h->value_bits = (uint8_t)codec->value_bits;
+    h->head_dim = (uint16_t)codec->head_dim, h->tokens = (uint16_t)codec->block_length;
+    h->key_group = (uint16_t)codec->key_group;
+    h->metadata = (uint8_t)codec->key_metadata;
+    h->flags = codec->key_reference ? MKVQ_FLAG_REFERENCE : 0;
+    if (codec->value_bits) {
+        h->value_group = (uint16_t)codec->value_group;
+        h->metadata = (uint8_t)(h->metadata | codec->value_metadata << 4);
+        h->flags = (uint8_t)(h->flags | (codec->value_rotation ? MKVQ_FLAG_ROTATION : 0));
+    }
+    mkvq_layout_order(&l);
+    mkvq_layout_sections(&l);
+    memset(record, 0, (size_t)l.nbytes);
+    if (!pack_keys(s, &l, panel, record, largest) || !pack_values(s, &l, record, &largest_value))
+        return 0;
+    for (int tier = MKVQ_TIER_4, i = 0; tier >= 0; tier--, i++)
+        h->key_fold[i] = mkvq_fold_bound(largest[tier]);
+    h->value_fold = mkvq_fold_bound(largest_value);
+    h->nbytes = (uint32_t)l.nbytes;
+    memcpy(record, h, sizeof *h);
+    mkvq_map_write(record + MKVQ_HEADER_BYTES, codec->head_dim, l.tier);
+    return l.nbytes;
+}
+
+static int64_t pack_exact(const block_source *s, uint8_t *record)
+{
+    const mkvq_pack_args *a = s->args;
+    const mkvq_codec *codec = a->codec;
+    const int dim = codec->head_dim, size = mkvq_dtype_bytes(codec->dtype);
+    mkvq_layout l;
+    memset(&l.head, 0, sizeof l.head);
+    l.head.magic = MKVQ_MAGIC, l.head.version = MKVQ_FORMAT_VERSION, l.head.kind = MKVQ_KIND_EXACT;
+    l.head.dtype = (uint8_t)codec->dtype;
+    l.head.head_dim = (uint16_t)dim, l.head.tokens = (uint16_t)codec->block_length;
+    mkvq_layout_sections(&l);
+    l.head.nbytes = (uint32_t)l.nbytes;
+    memset(record, 0, 64);
+    memset(record + l.nbytes - 64, 0, 64);
+    memcpy(record, &l.head, sizeof l.head);
+    for (int t = 0; t < codec->block_length; t++) {
+        const int64_t at = (int64_t)t * dim * size;
+        copy_row(record + l.exact_keys + at, mkvq_at(&a->k, s->row, s->head, s->token + t), a->k.dtype, a->k.stride[3], dim);
+        copy_row(record + l.values + at, mkvq_at(&a->v, s->row, s->head, s->token + t), a->v.dtype, a->v.stride[3], dim);
+    }
+    return l.nbytes;
+}
+
+static void pack_unit(const mkvq_pack_args *a, int64_t row, int64_t head)
+{
+    const mkvq_codec *codec = a->codec;
+    const int64_t unit = row * a->k.shape[1] + head;
+    const float *importance = a->importance ? a->importance + unit * codec->head_dim : NULL;
+    const int reference = codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
+    uint16_t *mu = reference ? a->mu + unit * codec->head_dim : NULL;
+    float panel[8 * MKVQ_MAX_BLOCK], known[MKVQ_MAX_HEAD_DIM];
+    int has_mu = reference && a->has_mu[unit];
+    for (int c = 0; has_mu && c < codec->head_dim; c++)
+        known[c] = mkvq_f16_to_f32(mu[c]);
+    for (int64_t j = 0; j < a->max_blocks; j++) {
+        const int64_t index = unit * a->max_blocks + j;
+        block_source s = {a, row, head, a->first[row] + j * codec->block_length, reference ? known : NULL, 0};
+        uint8_t *record = a->out + index * a->out_stride;
+        uint16_t half[MKVQ_MAX_HEAD_DIM];
+        int64_t nbytes = 0;
+        if (j < a->blocks[row]) {
+            const int can_code = codec->allocate != MKVQ_ALLOCATE_EXACT &&
+                                 (!reference || has_mu || find_reference(&s, panel, half, known));
+            nbytes = can_code ? pack_coded(&s, importance, panel, record) : 0;
+            if (nbytes && reference && !has_mu) {
+                memcpy(mu, half, (size_t)codec->head_dim * 2);
+                a->has_mu[unit] = 1, has_mu = 1;
+            }
+            if (!nbytes)
+                nbytes = pack_exact(&s, record), s.raised = 0;
+        }
+        a->sizes[index] = nbytes;
+        if (a->raised)
+            a->raised[index] = s.raised;
+    }
+}

@@ -1,0 +1,212 @@
+/* vec_scalar.h - the vector vocabulary in plain C: eight lanes, the yardstick for every instruction set.
+ *
+ * vf: eight floats, vi: eight 32-bit integers. max/min return their second operand when a comparison is false (as AVX does), so NaN in the
+ * second operand survives. vf_fma may round once or twice: only attention uses it, never the codec. */
+#ifndef MKVQ_VEC_H
+#define MKVQ_VEC_H
+#include "../numeric.h"
+#include <math.h>
+
+#define MKVQ_ISA_NAME "scalar"
+#define MKVQ_ISA_TABLE mkvq_kernels_scalar
+
+typedef struct {
+    float lane[8];
+} vf;
+typedef struct {
+    uint32_t lane[8];
+} vi;
+
+#define LANES(i) for (int i = 0; i < 8; i++)
+
+static inline vf vf_set1(float x)
+{
+    vf r;
+    LANES(i) r.lane[i] = x;
+    return r;
+}
+
+static inline vf vf_load(const float *p)
+{
+    vf r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+
+static inline void vf_store(float *p, vf x)
+{
+    memcpy(p, &x, sizeof x);
+}
+
+static inline vf vf_load_f16(const uint16_t *p)
+{
+    vf r;
+    LANES(i) r.lane[i] = mkvq_f16_to_f32(p[i]);
+    return r;
+}
+
+static inline vf vf_load_bf16(const uint16_t *p)
+{
+    vf r;
+    LANES(i) r.lane[i] = mkvq_bf16_to_f32(p[i]);
+    return r;
+}
+
+#define MKVQ_VF_BINARY(name, expression) \
+    static inline vf name(vf a, vf b) \
+    { \
+        vf r; \
+        LANES(i) \
+        { \
+            const float x = a.lane[i], y = b.lane[i]; \
+            r.lane[i] = expression; \
+        } \
+        return r; \
+    }
+MKVQ_VF_BINARY(vf_add, x + y)
+MKVQ_VF_BINARY(vf_sub, x - y)
+MKVQ_VF_BINARY(vf_mul, x *y)
+MKVQ_VF_BINARY(vf_div, x / y)
+MKVQ_VF_BINARY(vf_max, x > y ? x : y)
+MKVQ_VF_BINARY(vf_min, x < y ? x : y)
+
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    vf r;
+    LANES(i) r.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return r;
+}
+
+/* Nearest integers, ties to even, of |x| < 2^22. */
+static inline vf vf_round(vf x)
+{
+    vf r;
+    LANES(i) r.lane[i] = mkvq_round(x.lane[i]);
+    return r;
+}
+
+/* p where x >= limit or x is NaN, else 0 */
+static inline vf vf_zero_below(vf p, vf x, float limit)
+{
+    vf r;
+    LANES(i) r.lane[i] = x.lane[i] < limit ? 0.0f : p.lane[i];
+    return r;
+}
+
+/* The sum of docs/format.md section 4: ((0+4)+(2+6)) + ((1+5)+(3+7)). */
+static inline float vf_sum(vf x)
+{
+    const float *s = x.lane;
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static inline float vf_hmax(vf x)
+{
+    float m = x.lane[0];
+    LANES(i) m = x.lane[i] > m ? x.lane[i] : m;
+    return m;
+}
+
+static inline float vf_hmin(vf x)
+{
+    float m = x.lane[0];
+    LANES(i) m = x.lane[i] < m ? x.lane[i] : m;
+    return m;
+}
+
+/* 1 if no lane is infinite or NaN */
+static inline int vf_finite(vf x)
+{
+    int ok = 1;
+    LANES(i) ok &= (mkvq_bits(x.lane[i]) & 0x7fffffffu) < 0x7f800000u;
+    return ok;
+}
+
+static inline vi vi_load(const uint32_t *p)
+{
+    vi r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+
+static inline void vi_store(uint32_t *p, vi x)
+{
+    memcpy(p, &x, sizeof x);
+}
+
+static inline vi vi_or(vi a, vi b)
+{
+    LANES(i) a.lane[i] |= b.lane[i];
+    return a;
+}
+
+static inline vi vi_and1(vi a, uint32_t mask)
+{
+    LANES(i) a.lane[i] &= mask;
+    return a;
+}
+
+static inline vi vi_shl(vi a, int count)
+{
+    LANES(i) a.lane[i] <<= count;
+    return a;
+}
+
+static inline vi vi_shr(vi a, int count)
+{
+    LANES(i) a.lane[i] >>= count;
+    return a;
+}
+
+/* integers of whole, non-negative floats, and back */
+static inline vi vi_from_vf(vf x)
+{
+    vi r;
+    LANES(i) r.lane[i] = (uint32_t)(int32_t)x.lane[i];
+    return r;
+}
+
+static inline vf vf_from_vi(vi x)
+{
+    vf r;
+    LANES(i) r.lane[i] = (float)(int32_t)x.lane[i];
+    return r;
+}
+
+/* 2^n of whole floats -126 <= n <= 127 */
+static inline vf vf_pow2(vf n)
+{
+    vf r;
+    LANES(i) r.lane[i] = mkvq_float((uint32_t)((int32_t)n.lane[i] + 127) << 23);
+    return r;
+}
+
+/* r[i] lane j <-> r[j] lane i */
+static inline void vf_transpose(vf r[8])
+{
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = r[i].lane[j];
+            r[i].lane[j] = r[j].lane[i];
+            r[j].lane[i] = x;
+        }
+}
+
+/* butterflies inside a vector with stride 1, 2 or 4: lane i (bit `stride` clear) gets x_i + x_j, lane j = i + stride gets x_i - x_j */
+static inline vf vf_butterfly(vf x, int stride)
+{
+    vf r;
+    LANES(i) r.lane[i] = i & stride ? x.lane[i - stride] - x.lane[i] : x.lane[i] + x.lane[i + stride];
+    return r;
+}
+
+/* sum[0..8) += |x|^power in double, the square exact */
+static inline void vd_accumulate(double *sum, vf x, int power)
+{
+    LANES(i)
+    {
+        const double a = x.lane[i];
+        sum[i] += power == 2 ? a * a : fabs(a);
+    }
+}
+#endif
