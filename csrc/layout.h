@@ -2,6 +2,7 @@
 #ifndef MKVQ_LAYOUT_H
 #define MKVQ_LAYOUT_H
 #include "mixkvq.h"
+#include "numeric.h"
 #include <string.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -114,6 +115,44 @@ static inline void mkvq_layout_sections(mkvq_layout *layout)
     layout->values = layout->exact_keys + n[MKVQ_TIER_EXACT] * tokens * size;
     layout->nbytes = mkvq_up64(layout->values + (h->value_bits ? 4 * dim * mkvq_value_rows(h->value_bits, tokens)
                                                                : tokens * dim * size));
+}
+
+/* Where the codes of one channel (or of one token's values) lie: column (row) of the low bits and bit position; for 3 bits also
+ * those of the third bit, else third is -1. Columns are counted over all key columns, rows over all value rows. */
+typedef struct {
+    int words, shift, third, third_shift;
+    uint32_t mask; /* of the low bits */
+} mkvq_code_place;
+
+static inline mkvq_code_place mkvq_key_place(const mkvq_layout *layout, int stored)
+{
+    const int *n = layout->counts, *columns = layout->columns;
+    const int two = columns[0] + columns[1], ones = two + columns[2];
+    int entry = stored;
+    if (entry < n[MKVQ_TIER_8])
+        return (mkvq_code_place){entry / 4, 8 * (entry % 4), -1, 0, 255};
+    entry -= n[MKVQ_TIER_8];
+    if (entry < n[MKVQ_TIER_4])
+        return (mkvq_code_place){columns[0] + entry / 8, 4 * (entry % 8), -1, 0, 15};
+    entry -= n[MKVQ_TIER_4];
+    if (entry < n[MKVQ_TIER_3])
+        return (mkvq_code_place){two + entry / 16, 2 * (entry % 16), ones + entry / 32, mkvq_one_bit(entry % 32), 3};
+    if (entry < n[MKVQ_TIER_3] + n[MKVQ_TIER_2])
+        return (mkvq_code_place){two + entry / 16, 2 * (entry % 16), -1, 0, 3};
+    entry -= n[MKVQ_TIER_2];
+    return (mkvq_code_place){ones + entry / 32, mkvq_one_bit(entry % 32), -1, 0, 1};
+}
+
+static inline mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int token)
+{
+    const int bits = layout->head.value_bits;
+    if (bits == 3)
+        return (mkvq_code_place){token / 16, 2 * (token % 16), layout->head.tokens / 16 + token / 32,
+                                 mkvq_one_bit(token % 32), 3};
+    if (bits == 1)
+        return (mkvq_code_place){token / 32, mkvq_one_bit(token % 32), -1, 0, 1};
+    const int per = 32 / bits;
+    return (mkvq_code_place){token / per, bits * (token % per), -1, 0, (1u << bits) - 1};
 }
 
 /* Channel map, three bits per channel, eight channels in three bytes. */

@@ -58,7 +58,7 @@ static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uin
 }
 
 /* Ors (code >> drop) & mask of n elements, shifted, into n words. */
-static inline void put_codes(uint32_t *words, const float *x, int n, const group_code *g, int drop, uint32_t mask, int shift)
+static inline void put_bits(uint32_t *words, const float *x, int n, const group_code *g, int drop, uint32_t mask, int shift)
 {
     for (int i = 0; i < n; i += 8) {
         const vi code = vi_and1(vi_shr(vi_from_vf(codes_of(vf_load(x + i), g)), drop), mask);
@@ -66,42 +66,31 @@ static inline void put_codes(uint32_t *words, const float *x, int n, const group
     }
 }
 
-/* Codes one channel into its column entries; 0 if a group does not fit. `stored` is its index in stored order. */
+/* The codes of n elements; `words` begins the columns (rows), which are `length` words long; `at` is the first element's index in its column. */
+static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place, const float *x, int n,
+                             const group_code *g)
+{
+    put_bits(words + place.words * length + at, x, n, g, 0, place.mask, place.shift);
+    if (place.third >= 0)
+        put_bits(words + place.third * length + at, x, n, g, 2, 1, place.third_shift);
+}
+
+/* Codes one channel; 0 if a group does not fit. `stored` is its index in stored order. */
 static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int stored, const float *x, uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
-    const int tokens = codec->block_length, bits = mkvq_tier_bits(tier), *n = l->counts, *columns = l->columns;
-    uint32_t *words = (uint32_t *)(void *)(record + l->key_columns), *third = NULL;
-    int shift, entry = stored, third_shift = 0;
-    if (tier == MKVQ_TIER_8) {
-        words += (int64_t)tokens * (entry / 4), shift = 8 * (entry % 4);
-    } else if (tier == MKVQ_TIER_4) {
-        entry -= n[MKVQ_TIER_8];
-        words += (int64_t)tokens * (columns[0] + entry / 8), shift = 4 * (entry % 8);
-    } else {
-        uint32_t *ones = words + (int64_t)tokens * (columns[0] + columns[1] + columns[2]);
-        entry -= n[MKVQ_TIER_8] + n[MKVQ_TIER_4];
-        if (tier == MKVQ_TIER_1) {
-            entry -= n[MKVQ_TIER_2];
-            words = ones + (int64_t)tokens * (entry / 32), shift = mkvq_one_bit(entry % 32);
-        } else {
-            words += (int64_t)tokens * (columns[0] + columns[1] + entry / 16), shift = 2 * (entry % 16);
-            if (tier == MKVQ_TIER_3)
-                third = ones + (int64_t)tokens * (entry / 32), third_shift = mkvq_one_bit(entry % 32);
-        }
-    }
     uint8_t *scales = record + l->key_meta;
     uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->key_metadata) * l->key_groups * l->coded;
+    const mkvq_code_place place = mkvq_key_place(l, stored);
     for (int i = 0, t = 0; i < l->key_groups; i++, t += codec->key_group) {
+        const int64_t at = (int64_t)i * l->coded + stored;
         group_code g;
-        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group), bits, codec->key_metadata,
-                        codec->key_range, 0, &g))
+        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group), mkvq_tier_bits(tier),
+                        codec->key_metadata, codec->key_range, 0, &g))
             return 0;
-        put_metadata(scales, (int64_t)i * l->coded + stored, codec->key_metadata, g.scale_bits);
-        put_metadata(offsets, (int64_t)i * l->coded + stored, codec->key_metadata, g.offset_bits);
-        put_codes(words + t, x + t, codec->key_group, &g, 0, third ? 3 : (1u << bits) - 1, shift);
-        if (third)
-            put_codes(third + t, x + t, codec->key_group, &g, 2, 1, third_shift);
+        put_metadata(scales, at, codec->key_metadata, g.scale_bits);
+        put_metadata(offsets, at, codec->key_metadata, g.offset_bits);
+        put_codes((uint32_t *)(void *)(record + l->key_columns), codec->block_length, t, place, x + t, codec->key_group, &g);
         s->raised += g.raised;
         largest[tier] = g.scale > largest[tier] ? g.scale : largest[tier];
     }
@@ -132,32 +121,23 @@ static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_
     return 1;
 }
 
-/* One token's values into bit position t of its rows; 0 if a value is not finite or a group does not fit. */
-static int pack_value_token(block_source *s, const mkvq_layout *l, int t, float *x, uint8_t *record, float *largest)
+/* Codes one token's values; 0 if a group does not fit. */
+static int pack_value_token(block_source *s, const mkvq_layout *l, int t, const float *x, uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
-    const int dim = codec->head_dim, bits = codec->value_bits, tokens = codec->block_length;
-    uint32_t *words = (uint32_t *)(void *)(record + l->values), *third = NULL;
-    int shift, third_shift = 0;
-    if (bits == 3) {
-        third = words + (int64_t)dim * (tokens / 16 + t / 32), third_shift = mkvq_one_bit(t % 32);
-        words += (int64_t)dim * (t / 16), shift = 2 * (t % 16);
-    } else {
-        const int per = 32 / bits;
-        words += (int64_t)dim * (t / per), shift = bits == 1 ? mkvq_one_bit(t % 32) : bits * (t % per);
-    }
+    const int dim = codec->head_dim;
     uint8_t *scales = record + l->value_meta;
-    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups * tokens;
+    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups * codec->block_length;
+    const mkvq_code_place place = mkvq_value_place(l, t);
     for (int i = 0, c = 0; i < l->value_groups; i++, c += codec->value_group) {
         const int n = c + codec->value_group < dim ? codec->value_group : dim - c;
+        const int64_t at = (int64_t)i * codec->block_length + t;
         group_code g;
-        if (!code_group(x + c, n, find_range(x + c, n), bits, codec->value_metadata, codec->value_range, 0, &g))
+        if (!code_group(x + c, n, find_range(x + c, n), codec->value_bits, codec->value_metadata, codec->value_range, 0, &g))
             return 0;
-        put_metadata(scales, (int64_t)i * tokens + t, codec->value_metadata, g.scale_bits);
-        put_metadata(offsets, (int64_t)i * tokens + t, codec->value_metadata, g.offset_bits);
-        put_codes(words + c, x + c, n, &g, 0, third ? 3 : (1u << bits) - 1, shift);
-        if (third)
-            put_codes(third + c, x + c, n, &g, 2, 1, third_shift);
+        put_metadata(scales, at, codec->value_metadata, g.scale_bits);
+        put_metadata(offsets, at, codec->value_metadata, g.offset_bits);
+        put_codes((uint32_t *)(void *)(record + l->values), dim, c, place, x + c, n, &g);
         s->raised += g.raised;
         *largest = g.scale > *largest ? g.scale : *largest;
     }

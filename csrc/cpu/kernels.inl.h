@@ -1,0 +1,24 @@
+/* kernels.inl.h - all kernel bodies over the vector vocabulary included before it, and the table of this instruction set. */
+#include "../core.h"
+
+#include "load.inl.h"
+
+#include "hadamard.inl.h"
+
+#include "group.inl.h"
+
+#include "tiers.inl.h"
+
+#include "pack.inl.h"
+
+#include "unpack.inl.h"
+
+#include "salience.inl.h"
+
+#include "score.inl.h"
+
+#include "value.inl.h"
+
+#include "attend.inl.h"
+
+const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_unit, unpack_unit, attend_unit};
