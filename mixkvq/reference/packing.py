@@ -1,0 +1,207 @@
+"""From the keys and values of a block to the bytes of its record (docs/format.md sections 2 to 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .codec import Codec
+from .coding import Coded, code_groups
+from .layout import (
+    METADATA,
+    STORED_TIERS,
+    Header,
+    codec_sections,
+    exact_nbytes,
+    pack_map,
+    to_words,
+)
+from .numbers import F32, Array, Floats, eight_sum, hadamard, storage, widen
+from .tiers import TIER_BITS, TIER_EXACT, choose_tiers
+
+Reference = Array
+"""float16 [D]"""
+
+
+def pack_head(
+    codec: Codec, k: Array, v: Array, importance: Floats | None = None, mu: Reference | None = None
+) -> tuple[list[bytes], Reference | None, list[int]]:
+    """Pack all whole blocks of one head, in order.
+
+    Parameters
+    ----------
+    codec : Codec
+    k, v : ndarray, [n, D]
+        In the codec's dtype; bfloat16 as uint16 bit patterns. Tokens after the last whole block are left out.
+    importance : ndarray, float32, [D], optional
+        I_d; 1 when absent.
+    mu : ndarray, float16, [D], optional
+        The head's reference; None when not set yet.
+
+    Returns
+    -------
+    records : list of bytes
+    mu : ndarray, float16, [D], or None
+        The reference after these blocks.
+    raised : list of int
+        Raised scales of each record.
+    """
+    records, raised = [], []
+    for begin in range(0, len(k) - codec.block_length + 1, codec.block_length):
+        block = slice(begin, begin + codec.block_length)
+        record, mu, count = pack_block(codec, k[block], v[block], importance, mu)
+        records.append(record)
+        raised.append(count)
+    return records, mu, raised
+
+
+def pack_block(
+    codec: Codec, k: Array, v: Array, importance: Floats | None = None, mu: Reference | None = None
+) -> tuple[bytes, Reference | None, int]:
+    """Pack one block; as `pack_head` with ``k`` and ``v`` of [T, D]."""
+    k, v = storage(k, codec.dtype), storage(v, codec.dtype)
+    if k.shape != v.shape or k.shape[1] != codec.head_dim:
+        raise ValueError(f"k is {k.shape} and v is {v.shape}, must be alike with head_dim {codec.head_dim}")
+    coded = None
+    if codec.allocate != "exact":
+        ones = np.ones(codec.head_dim, F32)
+        coded = _coded_record(codec, k, v, ones if importance is None else importance, mu)
+    return (_exact_record(codec, k, v), mu, 0) if coded is None else coded
+
+
+def _exact_record(codec: Codec, k: Array, v: Array) -> bytes:
+    tokens, dim = k.shape
+    header = Header(
+        exact=True,
+        dtype=codec.dtype,
+        value_bits=0,
+        head_dim=dim,
+        tokens=tokens,
+        key_group=0,
+        value_group=0,
+        key_metadata=METADATA[0],
+        value_metadata=METADATA[0],
+        key_reference=False,
+        value_rotation=False,
+        value_fold=0,
+        nbytes=exact_nbytes(tokens, dim, codec.dtype),
+        key_fold=(0, 0, 0, 0),
+        tiers=(TIER_EXACT,) * dim,
+    )
+    return (header.pack().ljust(64, b"\0") + k.tobytes() + v.tobytes()).ljust(header.nbytes, b"\0")
+
+
+def _reference(x: Floats) -> Reference | None:
+    with np.errstate(all="ignore"):
+        mean = (eight_sum(x) / F32(len(x))).astype(np.float16)
+    return mean if np.isfinite(mean).all() else None
+
+
+def _code_keys(codec: Codec, x: Floats, tiers: Array) -> dict[int, Coded]:
+    """Coded groups of every used tier; codes [key_group, groups, channels]."""
+    groups = x.reshape(-1, codec.key_group, codec.head_dim).swapaxes(0, 1)
+    return {
+        tier: code_groups(groups[:, :, tiers == tier], TIER_BITS[tier], codec.key_range, codec.key_metadata)
+        for tier in STORED_TIERS
+        if (tiers == tier).any()
+    }
+
+
+def _code_values(codec: Codec, y: Floats) -> list[Coded]:
+    """Coded value groups, codes [channels of the group, T]."""
+    if codec.value_rotation:
+        with np.errstate(all="ignore"):
+            y = hadamard(y)
+    runs = [y[:, low : low + codec.value_group].T for low in range(0, codec.head_dim, codec.value_group)]
+    return [code_groups(run, codec.value_bits, codec.value_range, codec.value_metadata) for run in runs]
+
+
+def _fold(parts: list[Coded]) -> int:
+    """Upper 16 bits of the largest scale's float32, rounded up."""
+    if not parts:
+        return 0
+    largest = np.max([part.scale.max() for part in parts]).astype(F32)
+    return (int(largest.view(np.uint32)) + 0xFFFF) >> 16
+
+
+def _coded_record(
+    codec: Codec, k: Array, v: Array, importance: Floats, mu: Reference | None
+) -> tuple[bytes, Reference | None, int] | None:
+    """A coded record, or None where only an exact one can hold the block."""
+    x, y = widen(k, codec.dtype), widen(v, codec.dtype)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return None
+    if codec.key_reference:
+        mu = _reference(x) if mu is None else mu
+        if mu is None:
+            return None
+        x = x - mu.astype(F32)
+    tiers = choose_tiers(codec, x, importance.astype(F32))
+    if tiers is None:
+        return None
+    keys = _code_keys(codec, x, tiers)
+    values = _code_values(codec, y) if codec.value_bits else []
+    parts = [*keys.values(), *values]
+    if not all(part.fits.all() for part in parts):
+        return None
+    raised = sum(int(part.raised.sum()) for part in parts)
+    return _assemble(codec, tiers, keys, values, k, v), mu, raised
+
+
+def _assemble(codec: Codec, tiers: Array, keys: dict[int, Coded], values: list[Coded], k: Array, v: Array) -> bytes:
+    """Every section of section 3 in its place."""
+    counts = tuple(int((tiers == tier).sum()) for tier in range(6))
+    sections = codec_sections(codec, counts)
+    header = Header(
+        exact=False,
+        dtype=codec.dtype,
+        value_bits=codec.value_bits,
+        head_dim=codec.head_dim,
+        tokens=len(k),
+        key_group=codec.key_group,
+        value_group=codec.value_group if codec.value_bits else 0,
+        key_metadata=codec.key_metadata,
+        value_metadata=codec.value_metadata if codec.value_bits else METADATA[0],
+        key_reference=codec.key_reference,
+        value_rotation=codec.value_rotation and codec.value_bits > 0,
+        value_fold=_fold(values),
+        nbytes=sections.nbytes,
+        key_fold=tuple(_fold([keys[tier]] if tier in keys else []) for tier in (3, 2, 1, 0)),
+        tiers=tuple(int(tier) for tier in tiers),
+    )
+    codes = {tier: part.codes.transpose(2, 1, 0).reshape(-1, len(k)) for tier, part in keys.items()}
+    value_bytes = v.tobytes()
+    if values:
+        value_bytes = _value_rows(np.concatenate([part.codes for part in values]).T, codec.value_bits)
+    record = bytearray(sections.nbytes)
+    for at, data in (
+        (0, header.pack() + pack_map(header.tiers)),
+        (sections.key_metadata, _planes(list(keys.values()), axis=1)),
+        (sections.value_metadata, _planes(values, axis=0)),
+        (sections.columns, _key_columns(codes, len(k))),
+        (sections.exact_keys, np.ascontiguousarray(k[:, tiers == TIER_EXACT].T).tobytes()),
+        (sections.values, value_bytes),
+    ):
+        record[at : at + len(data)] = data
+    return bytes(record)
+
+
+def _planes(parts: list[Coded], axis: int) -> bytes:
+    """Scales, then offsets: keys [groups, channels] joined on channels, value groups [T] one after the other."""
+    if not parts:
+        return b""
+    planes = ([part.raw_scale for part in parts], [part.raw_offset for part in parts])
+    return b"".join(np.concatenate(plane, axis=axis).tobytes() for plane in planes)
+
+
+def _key_columns(codes: dict[int, Array], tokens: int) -> bytes:
+    """The columns of section 3.2 from the codes per tier id, [channels, T]."""
+    n1, n2, n3, n4, n8 = (codes.get(tier, np.zeros((0, tokens), np.uint8)) for tier in range(5))
+    two, one = np.concatenate([n3 & 3, n2]), np.concatenate([n3 >> 2, n1])
+    return b"".join(to_words(entries, bits).tobytes() for entries, bits in ((n8, 8), (n4, 4), (two, 2), (one, 1)))
+
+
+def _value_rows(codes: Array, bits: int) -> bytes:
+    """The rows of section 3.4 from the codes [T, D]."""
+    if bits == 3:
+        return to_words(codes & 3, 2).tobytes() + to_words(codes >> 2, 1).tobytes()
+    return to_words(codes, bits).tobytes()
