@@ -1,8 +1,8 @@
 """The golden records: what they are made from, and the command that writes them.
 
-``python tests/golden/make.py`` packs the inputs of `CASES` with the oracle into ``NAME.bin`` (the records of one head, one after
-the other) and writes ``golden.json`` (reference, raised scales, kinds, SHA-256 of the unpacked float32 keys and
-values). The files pin version 1 of docs/format.md: they change only together with the version byte.
+``python tests/golden/make.py`` packs the inputs of `CASES` with the oracle into ``NAME.bin`` (the records of one head,
+one after the other) and writes ``golden.json`` (reference, raised scales, kinds, SHA-256 of the unpacked float32 keys
+and values). The files pin version 1 of docs/format.md: they change only together with the version byte.
 """
 
 from __future__ import annotations
