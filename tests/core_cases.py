@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from mixkvq.config import BlockCodec, MixKVQConfig
@@ -16,6 +17,11 @@ TROUBLES = (
     "constant", "nearly constant", "zero", "negative zero", "signed zeros", "subnormal", "tiny", "outlier 1e4",
     "outlier 1e8", "outlier 1e30", "all huge", "integers", "halves", "two values", "offset 1000", "offset 1e6",
 )  # fmt: skip
+
+
+def examples(count: int, *, fixed: bool = True) -> settings:
+    """Hypothesis settings: ``count`` examples, the same ones in every run unless ``fixed`` is False."""
+    return settings(max_examples=count, derandomize=fixed, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

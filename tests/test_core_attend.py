@@ -6,15 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from core_cases import DTYPES, HEAD_DIMS, codecs, fill, narrowed, strided
-from hypothesis import HealthCheck, given, settings
+from core_cases import DTYPES, HEAD_DIMS, codecs, examples, fill, narrowed, strided
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixkvq import reference
 from mixkvq.config import BlockCodec, MixKVQConfig
 
 pytest_plugins = ["core_fixtures"]
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
 BOUND = 1e-5
 
 
@@ -79,6 +78,7 @@ def random_attend(
     q = rng.standard_normal((batch, heads * group, queries, dim)) * rng.choice([0.1, 1.0])
     q = strided(rng, narrowed(q.astype(np.float32), codec.dtype))
     lengths = [int(exact[b]) + sum(reference.parse(r).tokens for r in records[b][0]) for b in range(batch)]
+    full = min((int(exact[b]) for b in range(batch) if records[b][0]), default=99)  # sinks come before any packing
     start = rng.integers(0, 30, batch) if rng.random() < 0.6 else None
     columns = max(n + (0 if start is None else int(start[b])) for b, n in enumerate(lengths)) + int(rng.integers(0, 5))
     mask = {"none": None, "causal": "causal"}.get(mask_kind, "array")
@@ -88,7 +88,7 @@ def random_attend(
         "dtype": codec.dtype,
         "mu": mu,
         "start": start,
-        "sink_length": int(rng.choice([0, 1, 4, 40])),
+        "sink_length": min(int(rng.choice([0, 1, 4, 40])), full),
         "mask": mask,
         "scaling": None if rng.random() < 0.5 else float(rng.uniform(0.02, 0.3)),
         "softcap": float(rng.choice([0.0, 0.0, 5.0, 50.0])),
@@ -112,16 +112,14 @@ CASES = (
 )
 
 
-@QUICK
-@settings(max_examples=60)
+@examples(60)
 @given(*CASES)
 def test_attention_is_within_the_bound(isa, seed, codec, heads, group, queries, mask_kind, blocks):
     random_attend(seed, codec, heads, group, queries, mask_kind, blocks)
 
 
 @pytest.mark.slow
-@QUICK
-@settings(max_examples=2000)
+@examples(2000, fixed=False)
 @given(*CASES)
 def test_attention_is_within_the_bound_at_length(isa, seed, codec, heads, group, queries, mask_kind, blocks):
     random_attend(seed, codec, heads, group, queries, mask_kind, blocks)
@@ -148,24 +146,34 @@ def plain(dim=16, tokens=96, dtype="float32", poison=None):
     return [[records]], k[:, :, 64:], v[:, :, 64:], (None if mu is None else mu[None, None]), rng
 
 
-@pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("token", [5, 40, 70, 90])
-def test_what_is_not_finite_reaches_the_queries_that_see_it(isa, which, value, token):
-    """Causal queries before the token stay finite and right; those from the token on are not finite."""
+def test_a_key_that_is_not_finite_reaches_the_queries_that_see_it(isa, value, token):
+    """Causal queries before the token stay finite and right; those from the token on are NaN."""
     from mixkvq import arrays
 
-    records, k, v, mu, rng = plain(poison=(which, token, value))
+    records, k, v, mu, rng = plain(poison=("k", token, value))
     q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
     q[..., 2] = np.abs(q[..., 2]) + 0.1
     got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
     expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
-    assert (np.isfinite(got) == np.isfinite(expected)).all()
-    assert np.isfinite(got[:, :, :token]).all()
-    assert not np.isfinite(got[:, :, token:, 2]).any()
+    assert np.isnan(got[:, :, token:]).all()
+    assert np.isnan(expected[:, :, token:]).all()
     check(got[:, :, :token], expected[:, :, :token])
-    if which == "v":  # only that channel
-        assert np.isfinite(np.delete(got, 2, axis=-1)).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("token", [5, 40, 70, 90])
+def test_a_value_that_is_not_finite_stays_in_its_channel(isa, value, token):
+    """Every query that sees it is not finite there. What a masked one does to a query, torch leaves open, and so do we."""
+    from mixkvq import arrays
+
+    records, k, v, mu, rng = plain(poison=("v", token, value))
+    q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
+    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    assert not np.isfinite(got[:, :, token:, 2]).any()
+    check(np.delete(got, 2, axis=-1), np.delete(expected, 2, axis=-1))
 
 
 def test_minus_infinity_in_a_key_hides_the_token(isa):

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from core_cases import DTYPES, HEAD_DIMS, TROUBLES, codecs, fill, narrowed, strided
-from hypothesis import HealthCheck, given, settings
+from core_cases import DTYPES, HEAD_DIMS, TROUBLES, codecs, examples, fill, narrowed, strided
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import codec_of, ramp
 
@@ -16,7 +16,6 @@ from mixkvq.config import BlockCodec, MixKVQConfig
 from mixkvq.reference import layout, numbers
 
 pytest_plugins = ["core_fixtures"]
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def bits(x):
@@ -98,8 +97,7 @@ def random_pack(seed: int, codec: BlockCodec, heads: int, blocks: int, troubles:
         check_pack(codec, k, v, zeros, zeros + 1, weight, packed.mu, packed.has_mu)
 
 
-@QUICK
-@settings(max_examples=60)
+@examples(60)
 @given(
     st.integers(0, 2**32),
     codecs(lengths=(32, 64)),
@@ -113,8 +111,7 @@ def test_records_equal_the_oracle(isa, seed, codec, heads, blocks, troubles, poi
 
 
 @pytest.mark.slow
-@QUICK
-@settings(max_examples=3000)
+@examples(3000, fixed=False)
 @given(
     st.integers(0, 2**32),
     codecs(lengths=(32, 64, 96, 128, 160, 256)),
@@ -151,8 +148,7 @@ def test_unusual_channels_equal_the_oracle(isa, trouble, metadata, rule):
             check_pack(codec, k, v, np.zeros(1, np.int64), np.ones(1, np.int64), None)
 
 
-@QUICK
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(["e5m3", "fp16"]))
 def test_ties_of_codes_and_scales_equal_the_oracle(isa, seed, width, metadata):
     """Values on a grid of half steps around powers of two: rounding ties in scale, offset, code and error."""
@@ -198,8 +194,7 @@ def test_longest_coded_block_equals_the_oracle(isa):
     check_pack(codec, k, v, np.zeros(1, np.int64), np.ones(1, np.int64), None)
 
 
-@QUICK
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(0, 2**32), codecs(head_dims=(8, 24, 64), lengths=(32,)), st.data())
 def test_inspect_agrees_with_the_oracle(isa, seed, codec, data):
     """Fields of sound records, and refusal of records with a damaged header or map, or cut short."""

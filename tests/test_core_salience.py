@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from core_cases import DTYPES, HEAD_DIMS, narrowed, strided
-from hypothesis import HealthCheck, given, settings
+from core_cases import DTYPES, HEAD_DIMS, examples, narrowed, strided
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixkvq import reference
@@ -13,7 +13,7 @@ from mixkvq import reference
 pytest_plugins = ["core_fixtures"]
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=80)
+@examples(80)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(HEAD_DIMS),

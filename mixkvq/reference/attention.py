@@ -137,6 +137,7 @@ def _softmax_mean(scores: Doubles, value: Doubles, sink: float | None) -> Double
     top = scores.max()
     if sink is not None:
         top = max(top, sink)
-    weight = np.exp(scores - top)
-    total = weight.sum() + (0.0 if sink is None else np.exp(sink - top))
-    return np.asarray(weight @ value / total, np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf: a NaN is the answer
+        weight = np.exp(scores - top)
+        total = weight.sum() + (0.0 if sink is None else np.exp(sink - top))
+        return np.asarray(weight @ value / total, np.float64)
