@@ -1,0 +1,202 @@
+/* layer_handle.c - mixkvq._core.Layer: the packed history and the exact window of one layer, parsed
+ * once.
+ *
+ * The handle keeps addresses (and references to the arrays it was given) and reads the arrays at
+ * every call, so what is changed in place is seen. A call parses only what changes per step:
+ * queries and output. */
+#include "array.h"
+
+typedef struct {
+    PyObject_HEAD mkvq_history history;
+    mkvq_view k, v;
+    int64_t *exact;
+    const int64_t *start;
+    int32_t sink_length;
+    PyObject *arrays; /* the constructor's arguments, kept alive */
+} handle;
+
+/* ---- life
+ * ---------------------------------------------------------------------------------------------------------
+ */
+static int parse(handle *self, PyObject *const *o, int32_t sink_length)
+{
+    mkvq_history *h = &self->history;
+    void *exact, *start, *slab_base, *slab_bytes, *place, *blocks, *mu;
+    if (mkvq_py_view(o[0], "k", MKVQ_PY_WRITE, MKVQ_BF16, &self->k) < 0 ||
+        mkvq_py_view(o[1], "v", MKVQ_PY_WRITE, MKVQ_BF16, &self->v) < 0)
+        return -1;
+    int64_t rows[1] = {self->k.shape[0]}, slabs[1] = {-1},
+            places[3] = {self->k.shape[0], self->k.shape[1], -1};
+    int64_t channels[3] = {self->k.shape[0], self->k.shape[1], self->k.shape[3]};
+    if (mkvq_py_dense(o[2], "exact", MKVQ_PY_WRITE, MKVQ_PY_I64, 1, rows, &exact) < 0 ||
+        mkvq_py_dense(o[3], "start", MKVQ_PY_OPTIONAL, MKVQ_PY_I64, 1, rows, &start) < 0 ||
+        mkvq_py_dense(o[4], "slab_base", 0, MKVQ_PY_U64, 1, slabs, &slab_base) < 0 ||
+        mkvq_py_dense(o[5], "slab_bytes", 0, MKVQ_PY_I64, 1, slabs, &slab_bytes) < 0 ||
+        mkvq_py_dense(o[6], "place", 0, MKVQ_PY_I64, 3, places, &place) < 0 ||
+        mkvq_py_dense(o[7], "blocks", 0, MKVQ_PY_I64, 1, rows, &blocks) < 0 ||
+        mkvq_py_dense(o[8], "mu", MKVQ_PY_OPTIONAL, MKVQ_PY_U16, 3, channels, &mu) < 0)
+        return -1;
+    self->exact = exact, self->start = start, self->sink_length = sink_length;
+    h->slab_base = slab_base, h->slab_bytes = slab_bytes, h->slabs = slabs[0];
+    h->place = place, h->place_stride = places[2], h->blocks = blocks, h->mu = mu;
+    h->batch = (int32_t)rows[0], h->kv_heads = (int32_t)places[1],
+    h->head_dim = (int32_t)channels[2];
+    if (h->batch == rows[0] && h->kv_heads == places[1] && h->head_dim == channels[2])
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "k has a size above 2147483647 (wrong shape)");
+    return -1;
+}
+
+static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"k",          "v",     "exact",  "start", "sink_length", "slab_base",
+                            "slab_bytes", "place", "blocks", "mu",    NULL};
+    PyObject *o[9];
+    int sink_length;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOiOOOOO:Layer", names, &o[0], &o[1], &o[2],
+                                     &o[3], &sink_length, &o[4], &o[5], &o[6], &o[7], &o[8]))
+        return NULL;
+    const allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    handle *self = (handle *)allocate(type, 0);
+    if (!self)
+        return NULL;
+    self->arrays = PyTuple_Pack(9, o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8]);
+    if (self->arrays && parse(self, o, sink_length) == 0)
+        return (PyObject *)self;
+    Py_DECREF(self);
+    return NULL;
+}
+
+static int layer_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((handle *)self)->arrays);
+    return 0;
+}
+
+static int layer_clear(PyObject *self)
+{
+    (void)self; /* arrays cannot refer back to the handle; dropping them early would leave dangling
+                   addresses */
+    return 0;
+}
+
+static void layer_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    Py_CLEAR(((handle *)self)->arrays);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+/* ---- calls
+ * --------------------------------------------------------------------------------------------------------
+ */
+/* Sizes of 1 in the first three dimensions of the mask stretch to those of q. */
+static void stretch(mkvq_view *mask, const mkvq_view *q)
+{
+    for (int i = 0; i < 3; i++)
+        if (mask->shape[i] == 1) {
+            mask->shape[i] = q->shape[i];
+            mask->stride[i] = 0;
+        }
+}
+
+static PyObject *layer_attend(PyObject *obj, PyObject *const *args, Py_ssize_t n)
+{
+    handle *self = (handle *)obj;
+    mkvq_attend_args a = {
+        .history = &self->history,
+        .k = self->k,
+        .v = self->v,
+        .exact = self->exact,
+        .start = self->start,
+        .sink_length = self->sink_length,
+        .executor = mkvq_py_executor(),
+    };
+    if (mkvq_py_count(n, 7, "attend(q, out, mask, causal, scaling, softcap, sink_logits)") < 0 ||
+        mkvq_py_view(args[0], "q", 0, MKVQ_BF16, &a.q) < 0 ||
+        mkvq_py_view(args[1], "out", MKVQ_PY_WRITE, MKVQ_BF16, &a.out) < 0 ||
+        mkvq_py_float(args[4], "scaling", &a.scaling) < 0 ||
+        mkvq_py_float(args[5], "softcap", &a.softcap) < 0)
+        return NULL;
+    const int causal = PyObject_IsTrue(args[3]);
+    if (causal < 0)
+        return NULL;
+    a.mask_kind = causal ? MKVQ_MASK_CAUSAL : MKVQ_MASK_NONE;
+    if (args[2] != Py_None) {
+        if (causal) {
+            PyErr_SetString(PyExc_ValueError, "causal is True, must be False when a mask is given");
+            return NULL;
+        }
+        if (mkvq_py_view(args[2], "mask", MKVQ_PY_MASK, MKVQ_BF16, &a.mask) < 0)
+            return NULL;
+        a.mask_kind = MKVQ_MASK_ARRAY;
+        stretch(&a.mask, &a.q);
+    }
+    void *sink_logits;
+    int64_t heads[1] = {a.q.shape[1]};
+    if (mkvq_py_dense(args[6], "sink_logits", MKVQ_PY_OPTIONAL, MKVQ_PY_F32, 1, heads,
+                      &sink_logits) < 0)
+        return NULL;
+    a.sink_logits = sink_logits;
+    MKVQ_PY_CALL(mkvq_attend(&a, &error));
+}
+
+static PyObject *layer_append(PyObject *obj, PyObject *const *args, Py_ssize_t n)
+{
+    handle *self = (handle *)obj;
+    mkvq_append_args a = {.k = self->k, .v = self->v, .exact = self->exact};
+    if (mkvq_py_count(n, 2, "append(k_new, v_new)") < 0 ||
+        mkvq_py_view(args[0], "k_new", 0, MKVQ_BF16, &a.k_new) < 0 ||
+        mkvq_py_view(args[1], "v_new", 0, MKVQ_BF16, &a.v_new) < 0)
+        return NULL;
+    MKVQ_PY_CALL(mkvq_append(&a, &error));
+}
+
+static PyObject *layer_unpack(PyObject *obj, PyObject *const *args, Py_ssize_t n)
+{
+    handle *self = (handle *)obj;
+    mkvq_unpack_args a = {.history = &self->history, .executor = mkvq_py_executor()};
+    if (mkvq_py_count(n, 3, "unpack(k, v, first)") < 0 ||
+        mkvq_py_view(args[0], "k", MKVQ_PY_WRITE, MKVQ_BF16, &a.k) < 0 ||
+        mkvq_py_view(args[1], "v", MKVQ_PY_WRITE, MKVQ_BF16, &a.v) < 0)
+        return NULL;
+    void *first;
+    int64_t rows[1] = {self->history.batch};
+    if (mkvq_py_dense(args[2], "first", 0, MKVQ_PY_I64, 1, rows, &first) < 0)
+        return NULL;
+    a.first = first;
+    MKVQ_PY_CALL(mkvq_unpack(&a, &error));
+}
+
+static PyMethodDef methods[] = {
+    {"attend", (PyCFunction)(void (*)(void))layer_attend, METH_FASTCALL,
+     "attend(q, out, mask, causal, scaling, softcap, sink_logits)\n--\n\n"
+     "Attention of q [B,Q,n,D] over packed blocks and window into out, of the same shape."},
+    {"append", (PyCFunction)(void (*)(void))layer_append, METH_FASTCALL,
+     "append(k_new, v_new)\n--\n\nCopies new tokens [B,H,n,D] behind the window and counts them in "
+     "exact."},
+    {"unpack", (PyCFunction)(void (*)(void))layer_unpack, METH_FASTCALL,
+     "unpack(k, v, first)\n--\n\nDecodes the packed blocks of row b into k, v [B,H,n,D] from token "
+     "first[b] on."},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot slots[] = {
+    {Py_tp_new, (void *)layer_new},
+    {Py_tp_dealloc, (void *)layer_dealloc},
+    {Py_tp_traverse, (void *)layer_traverse},
+    {Py_tp_clear, (void *)layer_clear},
+    {Py_tp_methods, methods},
+    {Py_tp_doc, "One layer's packed history and exact window, parsed once; see mkvq_history and "
+                "mkvq_attend_args in mixkvq.h."},
+    {0, NULL},
+};
+PyType_Spec mkvq_py_layer_spec = {
+    "mixkvq._core.Layer",
+    sizeof(handle),
+    0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    slots,
+};

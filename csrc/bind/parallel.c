@@ -1,0 +1,70 @@
+/* parallel.c - who runs the core's loops: torch's intra-op pool once mixkvq.ops has found it, else
+ * the calling thread.
+ *
+ * The pool is reached through a C function of libtorch, torch_parallel_for, given by address: no
+ * torch header, no C++, and no second pool in the process. MIXKVQ_NUM_THREADS caps the number of
+ * ranges that a loop is cut into. */
+#include <limits.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "bind.h"
+
+typedef int32_t (*torch_pool)(int64_t begin, int64_t end, int64_t grain, mkvq_body body, void *ctx);
+
+static _Atomic(mkvq_executor) installed;
+static _Atomic(torch_pool) pool;
+static int64_t threads = INT64_MAX; /* set once, at import */
+
+static void capped(int64_t n, int64_t grain, mkvq_body body, void *ctx)
+{
+    const mkvq_executor executor = atomic_load_explicit(&installed, memory_order_acquire);
+    const int64_t least = n / threads + (n % threads != 0);
+    if (threads == 1)
+        body(0, n, ctx);
+    else
+        executor(n, grain > least ? grain : least, body, ctx);
+}
+
+mkvq_executor mkvq_py_executor(void)
+{
+    const mkvq_executor executor = atomic_load_explicit(&installed, memory_order_acquire);
+    return executor && threads != INT64_MAX ? capped : executor;
+}
+
+void mkvq_py_set_executor(mkvq_executor executor)
+{
+    atomic_store_explicit(&installed, executor, memory_order_release);
+}
+
+static void run_in_torch(int64_t n, int64_t grain, mkvq_body body, void *ctx)
+{
+    const torch_pool parallel_for = atomic_load_explicit(&pool, memory_order_acquire);
+    /* The bodies are C and raise nothing: a failure means that the pool never started, so nothing
+     * has run yet. */
+    if (parallel_for(0, n, grain, body, ctx) != 0)
+        body(0, n, ctx);
+}
+
+void mkvq_py_set_torch_pool(uintptr_t address)
+{
+    if (address) /* otherwise the old pool stays for calls under way */
+        atomic_store_explicit(&pool, (torch_pool)address, memory_order_release);
+    mkvq_py_set_executor(address ? run_in_torch : NULL);
+}
+
+int mkvq_py_read_threads(void)
+{
+    const char *text = getenv("MIXKVQ_NUM_THREADS");
+    if (!text || !*text)
+        return 0;
+    char *end;
+    const long value = strtol(text, &end, 10);
+    if (*end || value < 1 || value == LONG_MAX) {
+        PyErr_Format(PyExc_ImportError, "MIXKVQ_NUM_THREADS is '%s', must be a positive integer",
+                     text);
+        return -1;
+    }
+    threads = value;
+    return 0;
+}
