@@ -1,0 +1,84 @@
+"""The commands that need the extra ``demo``: typer reads the command line, rich writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import missing_package
+from .models import SMOLLM2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="MixKVQ: query-aware mixed-precision KV cache quantization.",
+)
+
+_MODEL = typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")
+_PRESET = typer.Option("--preset", help="default, compact, kivi-2 or lossless.")
+_THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")
+
+
+@app.command("info")
+def _info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print what a bug report needs."""
+    from .info import main
+
+    main(["--json"] if as_json else [])
+
+
+@app.command("demo")
+def _demo(
+    model: Annotated[str, _MODEL] = SMOLLM2,
+    preset: Annotated[str, _PRESET] = "default",
+    tokens: Annotated[int, typer.Option(help="Tokens of documentation to read.")] = 5300,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    prefill: Annotated[int, typer.Option(help="Tokens read at once before the comparison starts.")] = 1536,
+    threads: Annotated[int | None, _THREADS] = None,
+    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-out"),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Answer a question about a long text with DynamicCache and with MixKVQCache, and compare."""
+    from .demo import DemoOptions, demo
+
+    demo(DemoOptions(model, preset, tokens, new_tokens, prefill, threads, out, dtype), Console())
+
+
+@app.command("generate")
+def _generate(
+    prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input.')],
+    model: Annotated[str, _MODEL] = SMOLLM2,
+    preset: Annotated[str, _PRESET] = "default",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int | None, _THREADS] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print the cache's report at the end.")] = False,
+) -> None:
+    """Continue a prompt with any model and a quantized cache; the text goes to standard output."""
+    from .generate import GenerateOptions, generate
+
+    generate(prompt, GenerateOptions(model, preset, max_new_tokens, temperature, seed, dtype, threads, report))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command line; returns the exit status.
+
+    Raises
+    ------
+    CliError
+        For what the user can mend: a wrong value, something that is not installed.
+    """
+    try:
+        app(list(args), prog_name="mixkvq")
+    except SystemExit as end:  # how typer ends: with the status of the command, or 2 after explaining the usage
+        return end.code if isinstance(end.code, int) else 1
+    except ModuleNotFoundError as error:
+        raise missing_package(error, f"mixkvq {args[0]}") from error
+    return 0

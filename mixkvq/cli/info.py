@@ -1,0 +1,119 @@
+"""``mixkvq info``: what a bug report needs. Works where only NumPy is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..version import __version__
+
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mixkvq"
+_ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CC", "CXX", "CFLAGS")
+
+
+def cpu_model() -> str:
+    """Marketing name of the processor, or the machine type where the system does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Number of logical processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _core() -> dict[str, Any]:
+    try:
+        from .. import _core
+    except ImportError as error:  # not built, or MIXKVQ_ISA names one that this CPU lacks: say so, go on
+        return {"core": f"NOT USABLE: {error}"}
+    isas = _core.isas()
+    facts: dict[str, Any] = {f"built: {key}": value for key, value in _core.build_info().items()}
+    facts["isa built"] = [name for name, _ in isas]
+    facts["isa supported"] = [name for name, supported in isas if supported]
+    facts["isa chosen"] = _core.isa()
+    return facts
+
+
+def _torch_module() -> str:
+    if find_spec("mixkvq._torch") is None:
+        return f"absent (installed before torch, or with MIXKVQ_TORCH=off); to build it: {REINSTALL}"
+    try:
+        import_module("mixkvq._torch")
+    except (ImportError, OSError) as error:
+        return f"NOT USABLE: {error}; to build it again: {REINSTALL}"
+    return "present"
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return {"torch": "not installed (NumPy interface only)"}
+    except (ImportError, OSError) as error:
+        return {"torch": f"{_version('torch')}, NOT USABLE: {error}"}
+    cuda = f"{torch.version.cuda or 'torch built without'}"
+    if torch.cuda.is_available():
+        cuda += f", {torch.cuda.get_device_name(0)}"
+    return {
+        "torch": torch.__version__,
+        "torch threads": torch.get_num_threads(),
+        "mixkvq._torch": _torch_module(),
+        "CUDA": cuda,
+    }
+
+
+def collect() -> dict[str, Any]:
+    """Facts about this installation and machine, in printing order: strings, numbers and lists of strings."""
+    facts: dict[str, Any] = {
+        "mixkvq": __version__,
+        "folder": str(Path(__file__).resolve().parents[1]),
+        **_core(),
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "NumPy": _version("numpy"),
+        **_torch(),
+        "transformers": _version("transformers"),
+        "system": platform.platform(),
+        "CPU": cpu_model(),
+        "CPUs usable": usable_cpus(),
+    }
+    shown = (name for name in sorted(os.environ) if name.startswith("MIXKVQ_") or name in _ENVIRONMENT)
+    return facts | {name: os.environ[name] for name in shown}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print `collect`, as text or with ``--json`` as one JSON object. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mixkvq info", description="Print what a bug report needs.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2, default=str))
+        return 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        print(f"{name:<{width}}  {text}")
+    return 0

@@ -1,0 +1,94 @@
+"""Teacher-forced comparison of two caches: KL divergence and top-1 agreement at every position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .memory import cache_nbytes
+from .stream import Emit, layer_progress
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `teacher_forced` measured, position by position."""
+
+    prefill: int
+    """Tokens read exactly before the first scored position."""
+    chunks: int
+    kl: list[float]
+    """KL(exact || other) in nats at every scored position."""
+    agree: list[bool]
+    """Whether both put the same token first."""
+    trace: list[tuple[int, int, int]]
+    """(tokens, bytes of the exact cache, bytes of the other), after the prefill and after every chunk."""
+
+    def mean_kl(self, positions: int | None = None) -> float:
+        """Mean KL divergence in nats over all positions, or over the first `positions`."""
+        part = self.kl[:positions]
+        return sum(part) / len(part)
+
+    def agreement(self, positions: int | None = None) -> float:
+        """Share of all positions, or of the first `positions`, with the same most likely token."""
+        part = self.agree[:positions]
+        return sum(part) / len(part)
+
+
+def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q), the sum of p (ln p - ln q), in nats, of two logit tensors [n, vocabulary]: float64 [n]."""
+    log_p = torch.log_softmax(p_logits.float(), dim=-1)
+    log_q = torch.log_softmax(q_logits.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
+
+
+def chunk_ends(first: int, last: int, sink_length: int, block_length: int) -> Iterator[int]:
+    """Ends of chunks that cover the tokens from `first` to `last` and stop at every block border.
+
+    A chunk sees its own tokens exactly and a cache packs a block when it is full, so such chunks give the logits of
+    token-by-token decoding.
+    """
+    end = first
+    while end < last:
+        blocks = max(0, end - sink_length) // block_length + 1
+        end = min(last, sink_length + blocks * block_length)
+        yield end
+
+
+def teacher_forced(
+    model: Any, ids: torch.Tensor, prefill: int, exact: Any, other: Any, sink_length: int, block_length: int, emit: Emit
+) -> Score:
+    """Feed the same text to the model with two caches and compare the logits.
+
+    Both caches read ``ids[:, :prefill]`` in one exact forward pass (what a cache packs, it packs after the attention of
+    a layer); the other tokens follow in chunks that end on block borders, see `chunk_ends`.
+
+    Parameters
+    ----------
+    model : causal language model
+    ids : int64 tensor [1, n]
+    prefill : int
+        1 ... n - 1; n - prefill positions are scored.
+    exact, other : transformers Cache, both empty
+    sink_length, block_length : int
+        Where block borders are in `other`.
+    emit : callable
+        Told of ("layer", ...) during the first prefill and of ("chunk", (scored, to score)) after every chunk.
+    """
+    kl, agree = list[float](), list[bool]()
+    trace = list[tuple[int, int, int]]()
+    ends = list(chunk_ends(prefill, ids.shape[1], sink_length, block_length))
+    with torch.inference_mode():
+        with layer_progress(model, emit):
+            model(ids[:, :prefill], past_key_values=exact, logits_to_keep=1)
+        model(ids[:, :prefill], past_key_values=other, logits_to_keep=1)
+        trace.append((prefill, cache_nbytes(exact), cache_nbytes(other)))
+        for begin, end in zip([prefill, *ends], ends, strict=False):
+            p, q = (model(ids[:, begin:end], past_key_values=cache).logits[0] for cache in (exact, other))
+            kl += kl_divergence(p, q).tolist()
+            agree += (p.argmax(-1) == q.argmax(-1)).tolist()
+            trace.append((end, cache_nbytes(exact), cache_nbytes(other)))
+            emit("chunk", (end - prefill, ids.shape[1] - prefill))
+    return Score(prefill=prefill, chunks=len(ends), kl=kl, agree=agree, trace=trace)
