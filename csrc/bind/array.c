@@ -37,27 +37,29 @@ static int wrong_ndim(const char *name, long long found, int ndim)
     return -1;
 }
 
+int mkvq_py_writable(PyObject *obj, const char *name)
+{
+    if (!PyArray_Check(obj) || PyArray_ISWRITEABLE((PyArrayObject *)obj))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s is a read-only array, must be writable: it receives results",
+                 name);
+    return -1;
+}
+
 /* What a kernel assumes of memory: native byte order, aligned elements, and leave to write. */
 static int check_memory(PyArrayObject *array, const char *name, int flags)
 {
     if (!PyArray_ISNOTSWAPPED(array) || !PyArray_ISALIGNED(array)) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "%s is byte-swapped or unaligned, must be native and aligned (wrong element type)",
-            name);
-        return -1;
-    }
-    if ((flags & MKVQ_PY_WRITE) && !PyArray_ISWRITEABLE(array)) {
         PyErr_Format(PyExc_ValueError,
-                     "%s is a read-only array, must be writable: it receives results", name);
+                     "%s is byte-swapped or unaligned, must be native and aligned "
+                     "(wrong element type)",
+                     name);
         return -1;
     }
-    return 0;
+    return flags & MKVQ_PY_WRITE ? mkvq_py_writable((PyObject *)array, name) : 0;
 }
 
-/* ---- tuples
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- tuples ---------------------------------------------------------------------------------- */
 static int read_integers(PyObject *obj, const char *name, const char *what, int ndim, int64_t *out)
 {
     if (!PyTuple_Check(obj)) {
@@ -100,9 +102,7 @@ static int read_tuple(PyObject *obj, const char *name, int ndim, void **address,
     return strides ? read_integers(PyTuple_GetItem(obj, 3), name, "strides", ndim, strides) : 0;
 }
 
-/* ---- views
- * --------------------------------------------------------------------------------------------------------
- */
+/* ---- views ----------------------------------------------------------------------------------- */
 static int view_dtype(PyArrayObject *array, const char *name, int flags, int32_t bits16,
                       int32_t *dtype)
 {
@@ -151,8 +151,7 @@ int mkvq_py_view(PyObject *obj, const char *name, int flags, int32_t bits16, mkv
     return 0;
 }
 
-/* ---- dense side arrays
- * -------------------------------------------------------------------------------------------- */
+/* ---- dense side arrays ----------------------------------------------------------------------- */
 static int dense_dtype(PyArrayObject *array, const char *name, mkvq_py_kind kind)
 {
     static const struct {

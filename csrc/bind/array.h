@@ -22,6 +22,9 @@ typedef enum {
 
 int mkvq_py_import_numpy(void);
 
+/* Refuses NumPy arrays that may not be written. MKVQ_PY_WRITE does it while parsing. */
+int mkvq_py_writable(PyObject *obj, const char *name);
+
 /* A 4-D array with any strides that are whole elements. uint16 arrays hold bits of the 16-bit type
  * `bits16` (MKVQ_F16 or MKVQ_BF16). MKVQ_PY_MASK also allows bool. */
 int mkvq_py_view(PyObject *obj, const char *name, int flags, int32_t bits16, mkvq_view *view);

@@ -15,9 +15,7 @@ typedef struct {
     PyObject *layer_type;
 } mkvq_py_state;
 
-/* ---- errors
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- errors ---------------------------------------------------------------------------------- */
 /* Sets ValueError "argument is VALUE, must be ALLOWED (status text)". */
 void mkvq_py_raise(mkvq_status status, const mkvq_error *error);
 /* Runs `call` without the GIL and returns None, or NULL with its status as an error. */
@@ -25,15 +23,16 @@ void mkvq_py_raise(mkvq_status status, const mkvq_error *error);
     do { \
         mkvq_error error = {0}; \
         mkvq_status status; \
-        Py_BEGIN_ALLOW_THREADS status = call; \
-        Py_END_ALLOW_THREADS if (status == MKVQ_OK) Py_RETURN_NONE; \
+        Py_BEGIN_ALLOW_THREADS \
+        status = call; \
+        Py_END_ALLOW_THREADS \
+        if (status == MKVQ_OK) \
+            Py_RETURN_NONE; \
         mkvq_py_raise(status, &error); \
         return NULL; \
     } while (0)
 
-/* ---- calls.c
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- calls.c --------------------------------------------------------------------------------- */
 PyObject *mkvq_py_pack(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *mkvq_py_salience(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *mkvq_py_inspect(PyObject *module, PyObject *record);
@@ -45,15 +44,11 @@ int mkvq_py_int64(PyObject *obj, const char *name, int64_t *value);
 int mkvq_py_int32(PyObject *obj, const char *name, int32_t *value);
 int mkvq_py_float(PyObject *obj, const char *name, float *value);
 
-/* ---- handles
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- handles --------------------------------------------------------------------------------- */
 extern PyType_Spec mkvq_py_codec_spec, mkvq_py_layer_spec;
 const mkvq_codec *mkvq_py_codec_of(PyObject *codec);
 
-/* ---- parallel.c
- * ----------------------------------------------------------------------------------------------------
- */
+/* ---- parallel.c ------------------------------------------------------------------------------ */
 /* What the core gets as its executor: NULL (this thread) until one is installed. */
 mkvq_executor mkvq_py_executor(void);
 void mkvq_py_set_executor(mkvq_executor executor);

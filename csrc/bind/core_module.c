@@ -11,8 +11,7 @@ static const mkvq_api api = {
     mkvq_py_set_executor,
 };
 
-/* ---- instruction sets
- * --------------------------------------------------------------------------------------------- */
+/* ---- instruction sets ------------------------------------------------------------------------ */
 static PyObject *isa(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
@@ -67,9 +66,7 @@ static PyObject *set_isa(PyObject *module, PyObject *name)
     Py_RETURN_NONE;
 }
 
-/* ---- parallel
- * -----------------------------------------------------------------------------------------------------
- */
+/* ---- parallel -------------------------------------------------------------------------------- */
 static PyObject *set_executor_address(PyObject *module, PyObject *address)
 {
     (void)module;
@@ -80,8 +77,7 @@ static PyObject *set_executor_address(PyObject *module, PyObject *address)
     Py_RETURN_NONE;
 }
 
-/* ---- what was built: all from the compile itself
- * ------------------------------------------------------------------- */
+/* ---- what was built: all from the compile itself --------------------------------------------- */
 #if defined(__clang__)
 #define COMPILER "clang " __VERSION__
 #elif defined(__GNUC__)
@@ -89,8 +85,7 @@ static PyObject *set_executor_address(PyObject *module, PyObject *address)
 #else
 #define COMPILER "unknown"
 #endif
-#ifdef MKVQ_BUILT_TORCH /* by setup.py: version of the torch that mixkvq._torch is compiled \
-                           against */
+#ifdef MKVQ_BUILT_TORCH /* by setup.py: version of the torch that mixkvq._torch is built on */
 #define MKVQ_MODULES "_core _torch"
 #else
 #define MKVQ_MODULES "_core"
@@ -103,13 +98,11 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
     (void)module, (void)unused;
     return Py_BuildValue("{s:s,s:s,s:l,s:s,s:s,s:s,s:z,s:z,s:z}", "version", MKVQ_VERSION,
                          "compiler", COMPILER, "std", (long)__STDC_VERSION__, "python_abi",
-                         "abi3 cp311", "numpy_abi", "2.0", "modules", MKVQ_MODULES, "torch",
-                         MKVQ_BUILT_TORCH, "torch_target", MKVQ_TORCH_TARGET, "cuda", NULL);
+                         "abi3 cp311", "numpy_abi", "2.0", "modules", MKVQ_MODULES, "torch_headers",
+                         MKVQ_BUILT_TORCH, "torch_target", MKVQ_TORCH_TARGET, "cuda_kernels", NULL);
 }
 
-/* ---- module
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- module ---------------------------------------------------------------------------------- */
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))mkvq_py_pack, METH_FASTCALL,
      "pack(codec, k, v, first, blocks, importance, mu, has_mu, out, out_stride, sizes, "

@@ -15,20 +15,18 @@ typedef struct {
     PyObject *arrays; /* the constructor's arguments, kept alive */
 } handle;
 
-/* ---- life
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- life ------------------------------------------------------------------------------------ */
 static int parse(handle *self, PyObject *const *o, int32_t sink_length)
 {
     mkvq_history *h = &self->history;
     void *exact, *start, *slab_base, *slab_bytes, *place, *blocks, *mu;
-    if (mkvq_py_view(o[0], "k", MKVQ_PY_WRITE, MKVQ_BF16, &self->k) < 0 ||
-        mkvq_py_view(o[1], "v", MKVQ_PY_WRITE, MKVQ_BF16, &self->v) < 0)
+    if (mkvq_py_view(o[0], "k", 0, MKVQ_BF16, &self->k) < 0 ||
+        mkvq_py_view(o[1], "v", 0, MKVQ_BF16, &self->v) < 0)
         return -1;
     int64_t rows[1] = {self->k.shape[0]}, slabs[1] = {-1},
             places[3] = {self->k.shape[0], self->k.shape[1], -1};
     int64_t channels[3] = {self->k.shape[0], self->k.shape[1], self->k.shape[3]};
-    if (mkvq_py_dense(o[2], "exact", MKVQ_PY_WRITE, MKVQ_PY_I64, 1, rows, &exact) < 0 ||
+    if (mkvq_py_dense(o[2], "exact", 0, MKVQ_PY_I64, 1, rows, &exact) < 0 ||
         mkvq_py_dense(o[3], "start", MKVQ_PY_OPTIONAL, MKVQ_PY_I64, 1, rows, &start) < 0 ||
         mkvq_py_dense(o[4], "slab_base", 0, MKVQ_PY_U64, 1, slabs, &slab_base) < 0 ||
         mkvq_py_dense(o[5], "slab_bytes", 0, MKVQ_PY_I64, 1, slabs, &slab_bytes) < 0 ||
@@ -90,9 +88,7 @@ static void layer_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* ---- calls
- * --------------------------------------------------------------------------------------------------------
- */
+/* ---- calls ----------------------------------------------------------------------------------- */
 /* Sizes of 1 in the first three dimensions of the mask stretch to those of q. */
 static void stretch(mkvq_view *mask, const mkvq_view *q)
 {
@@ -148,6 +144,10 @@ static PyObject *layer_append(PyObject *obj, PyObject *const *args, Py_ssize_t n
 {
     handle *self = (handle *)obj;
     mkvq_append_args a = {.k = self->k, .v = self->v, .exact = self->exact};
+    static const char *const names[] = {"k", "v", "exact"};
+    for (int i = 0; i < 3; i++)
+        if (mkvq_py_writable(PyTuple_GetItem(self->arrays, i), names[i]) < 0)
+            return NULL;
     if (mkvq_py_count(n, 2, "append(k_new, v_new)") < 0 ||
         mkvq_py_view(args[0], "k_new", 0, MKVQ_BF16, &a.k_new) < 0 ||
         mkvq_py_view(args[1], "v_new", 0, MKVQ_BF16, &a.v_new) < 0)
