@@ -152,15 +152,15 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
     for (int t = 0; t < l->head.tokens; t++) {
         const uint8_t *p = mkvq_at(v, s->row, s->head, s->token + t);
         load_row(x, p, v->dtype, v->stride[3], dim);
-        for (int c = 0; c < dim; c += 8)
+        if (l->head.flags & MKVQ_FLAG_ROTATION)
+            hadamard(x, dim);
+        for (int c = 0; c < dim; c += 8) /* after the rotation, which may overflow and never heals a value */
             if (!vf_finite(vf_load(x + c)))
                 return 0;
         if (!l->head.value_bits) {
             copy_row(record + l->values + (int64_t)t * dim * size, p, v->dtype, v->stride[3], dim);
             continue;
         }
-        if (s->args->codec->value_rotation)
-            hadamard(x, dim);
         if (!pack_value_token(s, l, t, x, record, largest))
             return 0;
     }
