@@ -15,7 +15,7 @@ HEAD_DIMS = (8, 16, 24, 64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("float32", "float16", "bfloat16")
 TROUBLES = (
     "constant", "nearly constant", "zero", "negative zero", "signed zeros", "subnormal", "tiny", "outlier 1e4",
-    "outlier 1e8", "outlier 1e30", "all huge", "integers", "halves", "two values", "offset 1000", "offset 1e6",
+    "outlier 1e8", "outlier 1e30", "all huge", "integers", "halves", "two values", "offset 1000", "offset 1e6", "full range",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def _trouble(rng: np.random.Generator, x: np.ndarray, name: str) -> np.ndarray:
     """One channel (or one token's values) with something unusual."""
     signs = rng.choice([-1.0, 1.0], x.shape)
     kind, _, size = name.partition(" ")
+    x = np.clip(x, -1e30, 1e30)  # of a line that an earlier trouble has hit
     if kind in ("constant", "all"):
         return np.full_like(x, rng.choice([0.1, 100, -3e3]) if kind == "constant" else 3e38)
     if kind == "nearly":
@@ -85,6 +86,7 @@ def _trouble(rng: np.random.Generator, x: np.ndarray, name: str) -> np.ndarray:
         "integers": np.rint(4 * x),
         "halves": np.rint(4 * x) / 2 + 0.25,
         "two values": signs * 1.5,
+        "full range": signs * 3.3e38,  # max - min overflows
     }
     return plain[name]
 

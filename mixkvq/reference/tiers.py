@@ -35,6 +35,7 @@ def choose_tiers(codec: Codec, x: Floats, importance: Floats) -> Tiers | None:
     """
     with np.errstate(all="ignore"):
         score = importance * ((x.max(axis=0) - x.min(axis=0)) / F32(3))
+        score = np.where(np.isnan(score), F32(np.inf), score)  # 0 * inf: such a channel needs the best tier
         if codec.allocate == "threshold":
             high, low = F32(codec.threshold_high), F32(codec.threshold_low)
             return np.where(score > high, 5, np.where(score > low, 3, 1)).astype(np.uint8)
