@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 import mixkvq
+from mixkvq.cli import info
 
 BARE = """
 import sys
@@ -75,3 +77,18 @@ def test_other_commands_name_the_pip_line() -> None:
         assert done.returncode == 1
         assert "typer" in done.stderr and "pip install 'mixkvq[demo]'" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("origin", "end"),
+    [(None, " mixkvq"), ('{"url": "file:///src/mixkvq", "dir_info": {}}', " /src/mixkvq"), ("not json", " mixkvq")],
+)
+def test_reinstall_line_says_where_from(origin: str | None, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distribution:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return origin
+
+    monkeypatch.setattr(info.metadata, "distribution", lambda name: Distribution())
+    assert info.reinstall_line().startswith("pip install --force-reinstall --no-deps")
+    assert info.reinstall_line().endswith(end)

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from ..version import __version__
 
-REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir mixkvq"
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CC", "CXX", "CFLAGS")
 
 
@@ -44,6 +44,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def reinstall_line() -> str:
+    """The pip line that builds the package again: from where it came (PEP 610), or else from the package index."""
+    source = "mixkvq"
+    with suppress(metadata.PackageNotFoundError, ValueError):
+        origin = json.loads(metadata.distribution("mixkvq").read_text("direct_url.json") or "{}")
+        source = str(origin.get("url", source)).removeprefix("file://")
+    return f"pip install --force-reinstall --no-deps --no-cache-dir {source}"
+
+
 def _core() -> dict[str, Any]:
     try:
         from .. import _core
@@ -59,11 +68,11 @@ def _core() -> dict[str, Any]:
 
 def _torch_module() -> str:
     if find_spec("mixkvq._torch") is None:
-        return f"absent (installed before torch, or with MIXKVQ_TORCH=off); to build it: {REINSTALL}"
+        return f"absent (installed before torch, or with MIXKVQ_TORCH=off); to build it: {reinstall_line()}"
     try:
         import_module("mixkvq._torch")
     except (ImportError, OSError) as error:
-        return f"NOT USABLE: {error}; to build it again: {REINSTALL}"
+        return f"NOT USABLE: {error}; to build it again: {reinstall_line()}"
     return "present"
 
 
