@@ -1,13 +1,13 @@
 """Builds mixkvq._core (C11) and, where torch is installed, mixkvq._torch (C++ on the LibTorch stable ABI).
 
 Environment
-    MIXKVQ_TORCH, MIXKVQ_CUDA   auto (default): build what the tools found allow; require: fail without; off: do not look
+    MIXKVQ_TORCH, MIXKVQ_CUDA   auto (default): build what the tools found allow; require: fail without; off: don't look
     MIXKVQ_WERROR=1             warnings are errors
     CC, CXX, CFLAGS, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual
 
-A tool that is absent costs one printed line, a tool that is found but fails is an error. torch is never imported: pip's isolated
-builds hide it from import, but sysconfig still names the site-packages where its headers lie. Objects are kept in build/objects
-and compiled again only if their command, their source or a header they include has changed.
+A tool that is absent costs one printed line, a tool that is found but fails is an error. torch is never imported:
+pip's isolated builds hide it from import, but sysconfig still names the site-packages where its headers lie. Objects
+are kept in build/objects and compiled again only if their command, source or a header they include has changed.
 """
 
 import importlib.util
@@ -30,9 +30,14 @@ TORCH_TARGET, TORCH_TARGET_MACRO = "2.10", "0x020a000000000000"
 OBJECTS = Path("build/objects")
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "scalar": ["-fno-tree-slp-vectorize"]}  # kernels_<isa>.c
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + (["-Werror"] if os.environ.get("MIXKVQ_WERROR") == "1" else [])
-C_FLAGS = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-C_FLAGS += ["-Wstrict-prototypes", *WARNINGS]
-CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", *WARNINGS]
+HIDDEN = ["-fPIC", "-fvisibility=hidden"]
+FLOATS = [
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]  # never -ffast-math: bytes must not depend on it
+C_FLAGS = ["-std=c11", "-O3", *HIDDEN, *FLOATS, "-Wstrict-prototypes", *WARNINGS]
+CXX_FLAGS = ["-std=c++20", "-O2", *HIDDEN, "-fvisibility-inlines-hidden", *WARNINGS]
 
 
 def version():
@@ -67,11 +72,11 @@ def torch_build():
         if wanted == "require":
             sys.exit("MIXKVQ_TORCH=require, but torch is not installed in this environment")
         reason = "MIXKVQ_TORCH=off" if wanted == "off" else "torch is not installed"
-        say(f"building mixkvq._core only ({reason}); compiled graphs need mixkvq._torch, everything eager works without")
+        say(f"building mixkvq._core only ({reason}); torch.compile will need mixkvq._torch, all else works without")
         return None
     found = re.search(r"__version__ = '(.+)'", (folder / "version.py").read_text())[1]
     if tuple(int(n) for n in re.findall(r"\d+", found)[:2]) < tuple(int(n) for n in TORCH_TARGET.split(".")):
-        sys.exit(f"torch {found} in {folder} is too old, mixkvq._torch needs >= {TORCH_TARGET}: update it or set MIXKVQ_TORCH=off")
+        sys.exit(f"torch {found} in {folder} is too old (>= {TORCH_TARGET}): update it or set MIXKVQ_TORCH=off")
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         sys.exit(f"torch {found} in {folder} has no C++ headers: reinstall it or set MIXKVQ_TORCH=off")
     say(f"building mixkvq._core and mixkvq._torch (torch {found} in {folder})")
@@ -157,7 +162,8 @@ def compile_one(ext, source):
     macros = [f"-D{name}={value}" for name, value in ext.define_macros]
     depends = target.with_suffix(".d")
     known = depends.read_text().split(":", 1)[1].replace("\\\n", " ").split() if depends.exists() else [source]
-    run([*tool(ext), *flags, *ext.extra_compile_args, *includes, *macros, "-MMD", "-c", source, "-o", str(target)], target, known)
+    flags += [*ext.extra_compile_args, *includes, *macros]
+    run([*tool(ext), *flags, "-MMD", "-c", source, "-o", str(target)], target, known)
     return str(target)
 
 
@@ -173,7 +179,8 @@ class Build(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda source: compile_one(ext, source), ext.sources))
         library = OBJECTS / self.get_ext_filename(ext.name)
-        run([*tool(ext), "-shared", *objects, *ext.extra_link_args, *environment_flags("LDFLAGS"), "-o", str(library)], library, objects)
+        flags = [*ext.extra_link_args, *environment_flags("LDFLAGS")]
+        run([*tool(ext), "-shared", *objects, *flags, "-o", str(library)], library, objects)
         self.place(library, self.get_ext_fullpath(ext.name))
 
     def run(self):

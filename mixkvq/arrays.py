@@ -1,7 +1,7 @@
 """The core's verbs on NumPy arrays: what `mixkvq.ops` is for tensors. Needs NumPy only; not the fast path of a model.
 
-Arrays of keys, values and queries are float32, float16, or bfloat16 as uint16 bit patterns, with any strides that are whole
-elements. `docs/format.md` describes the records.
+Arrays of keys, values and queries are float32, float16, or bfloat16 as uint16 bit patterns, with any strides that are
+whole elements. `docs/format.md` describes the records.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,7 +34,8 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
     Returns
     -------
     fields : list of int
-        The 14 integer fields of ``mkvq_codec`` in order, ``head_dim`` to ``pattern_cost``, then six channel counts per pattern.
+        The integer fields of ``mkvq_codec`` in order, ``head_dim`` to ``pattern_cost``, then six channel counts per
+        pattern.
     thresholds : list of float
         High and low.
     """
@@ -58,11 +59,16 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
     return fields + [n for p in codec.patterns for n in p], [codec.threshold_high, codec.threshold_low]
 
 
+def codec_of_numbers(fields: Sequence[int], thresholds: Sequence[float]) -> _core.Codec:
+    """The checked codec of the core from what `codec_numbers` returned."""
+    patterns = [fields[i : i + 6] for i in range(14, len(fields), 6)]
+    return cast(_core.Codec, cast(Any, _core.Codec)(*fields[:14], *thresholds, patterns))
+
+
 @lru_cache(maxsize=256)
 def core_codec(codec: BlockCodec) -> _core.Codec:
     """The checked codec of the core. Raises ValueError naming the field, its value and what is allowed."""
-    fields, thresholds = codec_numbers(codec)
-    return _core.Codec(*fields[:14], *thresholds, codec.patterns)  # type: ignore[misc]
+    return codec_of_numbers(*codec_numbers(codec))
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -152,7 +158,8 @@ def pack(
     _core.pack(handle, k, v, starts, counts, weights, mu, has_mu, out, bound, sizes, raised)
     slots = out.reshape(batch, heads, most, bound)
     records = [
-        [[slots[b, h, j, : sizes[b, h, j]].tobytes() for j in range(counts[b])] for h in range(heads)] for b in range(batch)
+        [[slots[b, h, j, : sizes[b, h, j]].tobytes() for j in range(counts[b])] for h in range(heads)]
+        for b in range(batch)
     ]
     return Packed(records, raised, mu, has_mu)
 
@@ -286,7 +293,8 @@ def attend(
     sink_length : int
         Tokens of the window that stand before the packed blocks.
     mask : "causal" or bool or float array, optional
-        Broadcastable to [B, Q, n, columns]; True may attend, floats are added. "causal": the last query stands at the last token.
+        Broadcastable to [B, Q, n, columns]; True may attend, floats are added. "causal": the last query stands at the
+        last token.
     scaling : float, optional
         Default ``D ** -0.5``.
     softcap : float
@@ -328,7 +336,12 @@ def _mask(mask: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def salience(
-    q: NDArray[Any], kv_heads: int, *, power: int, first: ArrayLike | None = None, sum: NDArray[np.float64] | None = None
+    q: NDArray[Any],
+    kv_heads: int,
+    *,
+    power: int,
+    first: ArrayLike | None = None,
+    sum: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Sums of |q|^power per KV head and channel, over tokens in order.
 

@@ -1,0 +1,338 @@
+"""The core's verbs on torch tensors.
+
+Eager calls go straight to `mixkvq._core` with addresses and strides: no copy, no dispatcher. Under ``torch.compile``
+the same functions call the operators ``torch.ops.mixkvq.*``. The core's loops run in torch's intra-op pool
+(`mixkvq.torch_module`). No gradients flow through any of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _core
+from .arrays import codec_numbers, core_codec
+from .config import BlockCodec
+from .torch_module import compiling
+
+_CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_MASK_CODES = {**_CODES, torch.bool: 4}
+
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+# ---- tensors as addresses ------------------------------------------------------------------------------------------
+def _refuse(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name} is {value}, must be {allowed}")
+
+
+def _on_cpu(tensor: Tensor, name: str) -> None:
+    if not tensor.is_cpu:
+        raise _refuse(name, f"on {tensor.device}", "on the CPU (this version has no CUDA kernels)")
+
+
+def _view(tensor: Tensor, name: str, codes: dict[torch.dtype, int] = _CODES) -> _View:
+    """A [.,.,.,.] tensor as the core takes it, any strides."""
+    code = codes.get(tensor.dtype)
+    if code is None:
+        raise _refuse(name, f"of dtype {tensor.dtype}", f"one of {', '.join(map(str, codes))}")
+    if not tensor.is_cpu:
+        _on_cpu(tensor, name)
+    return tensor.data_ptr(), code, tensor.shape, tensor.stride()
+
+
+def _dense(tensor: Tensor, name: str, dtype: torch.dtype) -> _View:
+    """A contiguous side array."""
+    if tensor.dtype != dtype:
+        raise _refuse(name, f"of dtype {tensor.dtype}", str(dtype))
+    if not tensor.is_contiguous():
+        raise _refuse(name, f"of strides {tensor.stride()}", "contiguous")
+    if not tensor.is_cpu:
+        _on_cpu(tensor, name)
+    return tensor.data_ptr(), 0, tensor.shape, ()
+
+
+def _dense_or_none(tensor: Tensor | None, name: str, dtype: torch.dtype) -> _View | None:
+    return None if tensor is None else _dense(tensor, name, dtype)
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+codec = core_codec
+"""The checked codec of a `BlockCodec`, cached; its ``record_bound`` is the size of a staging slot."""
+
+
+def pack(
+    codec: BlockCodec,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    blocks: Tensor,
+    max_blocks: int,
+    importance: Tensor | None = None,
+    mu: Tensor | None = None,
+    has_mu: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack ``blocks[b]`` blocks of row b, from token ``first[b]`` on.
+
+    Parameters
+    ----------
+    codec : BlockCodec
+        How; its dtype is that of k and v.
+    k, v : Tensor [B, H, n, D]
+        Keys and values, any strides.
+    first, blocks : int64 Tensor [B]
+        First token and number of blocks of each row.
+    max_blocks : int
+        Staging slots per head, at least every ``blocks[b]``.
+    importance : float32 Tensor [B, H, D], optional
+        I_d; default 1.
+    mu, has_mu : float16 Tensor [B, H, D] and uint8 Tensor [B, H]
+        Key references and whether they are set, updated in place; needed when the codec has a key reference.
+
+    Returns
+    -------
+    staging : uint8 Tensor [B, H, max_blocks, bound]
+        Records, each at the start of its slot.
+    sizes : int64 Tensor [B, H, max_blocks]
+        Bytes of each record, 0 where there is none.
+    raised : int64 Tensor [B, H, max_blocks]
+        Raised scales of each record.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    if compiling():
+        fields, thresholds = codec_numbers(codec)
+        packed: tuple[Tensor, Tensor, Tensor] = torch.ops.mixkvq.pack(
+            k, v, fields, thresholds, first, blocks, max_blocks, importance, mu, has_mu
+        )
+        return packed
+    handle = core_codec(codec)
+    if max_blocks < 0:
+        raise _refuse("max_blocks", max_blocks, "0 or more")
+    slots, bound = (k.shape[0], k.shape[1], max_blocks), handle.record_bound
+    staging = torch.empty((*slots, bound), dtype=torch.uint8)
+    sizes, raised = torch.zeros(slots, dtype=torch.int64), torch.zeros(slots, dtype=torch.int64)
+    _core.pack(
+        handle,
+        _view(k, "k"),
+        _view(v, "v"),
+        _dense(first, "first", torch.int64),
+        _dense(blocks, "blocks", torch.int64),
+        _dense_or_none(importance, "importance", torch.float32),
+        _dense_or_none(mu, "mu", torch.float16),
+        _dense_or_none(has_mu, "has_mu", torch.uint8),
+        (staging.data_ptr(), 0, (staging.numel(),), ()),
+        bound,
+        _dense(sizes, "sizes", torch.int64),
+        _dense(raised, "raised", torch.int64),
+    )
+    return staging, sizes, raised
+
+
+def salience_(sum: Tensor, q: Tensor, kv_heads: int, power: int, first: Tensor | None = None) -> None:
+    """Add |q|^power of every query to ``sum``, in place.
+
+    Parameters
+    ----------
+    sum : float64 Tensor [B, H, D]
+        Per KV head and channel, updated.
+    q : Tensor [B, Q, n, D]
+        Queries, any strides.
+    kv_heads : int
+        H, a divisor of Q.
+    power : {1, 2}
+        1 for the mean absolute value, 2 for the root mean square.
+    first : int64 Tensor [B], optional
+        First query of each row that counts; default 0.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    if compiling():
+        torch.ops.mixkvq.salience_(sum, q, kv_heads, power, first)
+        return
+    starts = _dense_or_none(first, "first", torch.int64)
+    _core.salience(_view(q, "q"), kv_heads, power, starts, _dense(sum, "sum", torch.float64))
+
+
+# ---- a layer -------------------------------------------------------------------------------------------------------
+class LayerTensors(NamedTuple):
+    """What a layer consists of; see `layer`."""
+
+    k: Tensor
+    v: Tensor
+    exact: Tensor
+    start: Tensor | None
+    sink_length: int
+    slabs: list[Tensor]
+    place: Tensor
+    blocks: Tensor
+    mu: Tensor | None
+
+    def history(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+        return self.slabs, self.place, self.blocks, self.mu
+
+
+class Layer(_core.Layer):
+    """A `_core.Layer` that keeps its tensors alive. Its methods take addresses; the functions below take tensors."""
+
+    __slots__ = ("tensors",)
+    tensors: LayerTensors
+
+
+def layer(
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    start: Tensor | None,
+    sink_length: int,
+    slabs: Sequence[Tensor],
+    place: Tensor,
+    blocks: Tensor,
+    mu: Tensor | None = None,
+) -> Layer:
+    """A handle for the packed history and the exact window of one layer.
+
+    It holds addresses: change the tensors in place and it sees the change; when one is replaced, or a slab is added,
+    make a new one.
+
+    Parameters
+    ----------
+    k, v : Tensor [B, H, C, D]
+        Buffers of the window.
+    exact : int64 Tensor [B]
+        Tokens in the window of each row.
+    start : int64 Tensor [B], optional
+        Mask column of each row's token 0; default 0.
+    sink_length : int
+        Tokens of the window that stand before the packed blocks.
+    slabs : sequence of uint8 Tensor [bytes]
+        Storage of records.
+    place : int64 Tensor [B, H, P]
+        ``slab << 40 | offset`` of every record.
+    blocks : int64 Tensor [B]
+        Records per head.
+    mu : float16 Tensor [B, H, D], optional
+        Key references.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    addresses = np.array([_dense(slab, "slabs", torch.uint8)[0] for slab in slabs], np.uint64)
+    handle = Layer(
+        _view(k, "k"),
+        _view(v, "v"),
+        _dense(exact, "exact", torch.int64),
+        _dense_or_none(start, "start", torch.int64),
+        sink_length,
+        addresses,
+        np.array([slab.numel() for slab in slabs], np.int64),
+        _dense(place, "place", torch.int64),
+        _dense(blocks, "blocks", torch.int64),
+        _dense_or_none(mu, "mu", torch.float16),
+    )
+    handle.tensors = LayerTensors(k, v, exact, start, sink_length, list(slabs), place, blocks, mu)
+    return handle
+
+
+def attend(
+    handle: Layer,
+    q: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of queries over packed blocks and window.
+
+    Parameters
+    ----------
+    handle : Layer
+        From `layer`.
+    q : Tensor [B, Q, n, D]
+        Queries, any strides; query head h reads KV head ``h // (Q / H)``.
+    mask : Tensor, optional
+        [B or 1, Q or 1, n or 1, columns], bool (True may attend) or float (added).
+    causal : bool
+        The last query stands at the last token; not together with ``mask``.
+    scaling : float, optional
+        Default ``D ** -0.5``.
+    softcap : float
+        c of ``c * tanh(score / c)``; 0: none.
+    sink_logits : float32 Tensor [Q], optional
+        Logits added to the softmax denominator.
+
+    Returns
+    -------
+    Tensor [B, n, Q, D]
+        Contiguous, of q's dtype: the layout that transformers' attention functions return.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if compiling():
+        t = handle.tensors
+        result: Tensor = torch.ops.mixkvq.attend(
+            q, *t.history(), t.k, t.v, t.exact, t.start, t.sink_length, mask, causal, scale, softcap, sink_logits
+        )
+        return result
+    view = _view(q, "q")
+    if q.dim() != 4:
+        raise _refuse("q", f"{q.dim()}-dimensional", "[B, Q, n, D]")
+    batch, heads, n, dim = q.shape
+    out = torch.empty((batch, n, heads, dim), dtype=q.dtype)
+    handle.attend(
+        view,
+        (out.data_ptr(), view[1], view[2], (n * heads * dim, dim, heads * dim, 1)),
+        None if mask is None else _view(mask, "mask", _MASK_CODES),
+        causal,
+        scale,
+        softcap,
+        _dense_or_none(sink_logits, "sink_logits", torch.float32),
+    )
+    return out
+
+
+def append(handle: Layer, k_new: Tensor, v_new: Tensor) -> None:
+    """Copy new tokens [B, H, n, D] behind the window and add n to ``exact``, in place.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed; nothing has been written then.
+    """
+    if compiling():
+        t = handle.tensors
+        torch.ops.mixkvq.append_(t.k, t.v, t.exact, k_new, v_new)
+        return
+    handle.append(_view(k_new, "k_new"), _view(v_new, "v_new"))
+
+
+def unpack(handle: Layer, k: Tensor, v: Tensor, first: Tensor) -> None:
+    """Decode the packed blocks of row b into ``k``, ``v`` [B, H, n, D] from token ``first[b]`` (int64 Tensor [B]) on.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, its value and what is allowed; nothing has been written then.
+    """
+    if compiling():
+        t = handle.tensors
+        torch.ops.mixkvq.unpack(*t.history(), k, v, first)
+        return
+    handle.unpack(_view(k, "k"), _view(v, "v"), _dense(first, "first", torch.int64))
