@@ -15,7 +15,8 @@ HEAD_DIMS = (8, 16, 24, 64, 80, 96, 112, 128, 192, 256)
 DTYPES = ("float32", "float16", "bfloat16")
 TROUBLES = (
     "constant", "nearly constant", "zero", "negative zero", "signed zeros", "subnormal", "tiny", "outlier 1e4",
-    "outlier 1e8", "outlier 1e30", "all huge", "integers", "halves", "two values", "offset 1000", "offset 1e6", "full range",
+    "outlier 1e8", "outlier 1e30", "all huge", "integers", "halves", "two values", "offset 1000", "offset 1e6",
+    "full range",
 )  # fmt: skip
 
 

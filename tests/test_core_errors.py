@@ -1,0 +1,130 @@
+"""What the core refuses: the message names the argument, its value and what is allowed, and nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from inputs import codec_of, ramp
+
+from mixkvq import reference
+
+pytest.importorskip("mixkvq._core", reason="the C core is not built")
+from mixkvq import arrays
+
+CODEC = codec_of(16, block_length=32, residual_length=32, key_group_size=32)
+K = ramp(64, 16)[None, None]
+ONE = np.ones((1, 1, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("head_dim", 20),
+        ("head_dim", 264),
+        ("block_length", 48),
+        ("block_length", 2048),
+        ("key_group", 24),
+        ("key_group", 12),
+        ("value_bits", 5),
+        ("value_group", 12),
+        ("value_group", 24),
+        ("patterns", ()),
+        ("patterns", ((0, 15, 0, 0, 0, 0),)),
+        ("patterns", ((0, 16, 0, 0, 0, 0),) * 17),
+    ],
+)
+def test_codec_fields(field, value):
+    with pytest.raises(ValueError, match=field.rstrip("s")):
+        arrays.core_codec(dataclasses.replace(CODEC, **{field: value}))
+
+
+@pytest.mark.parametrize("pair", [(1.0, 2.0), (1.0, -0.5), (float("nan"), 0.0), (1.0, float("nan"))])
+def test_thresholds(pair):
+    codec = dataclasses.replace(CODEC, allocate="threshold", threshold_high=pair[0], threshold_low=pair[1])
+    with pytest.raises(ValueError, match="threshold"):
+        arrays.core_codec(codec)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("v", {"v": K[:, :, :63]}),
+        ("v", {"v": K.astype(np.float16)}),
+        ("k", {"k": K.astype(np.float16), "v": K.astype(np.float16)}),
+        ("k", {"k": K[..., :8], "v": K[..., :8]}),
+        ("first", {"first": [-1]}),
+        ("first", {"first": [1], "blocks": [2]}),
+        ("blocks", {"k": np.repeat(K, 2, 0), "v": np.repeat(K, 2, 0), "blocks": [1, -1]}),
+        ("importance", {"importance": -ONE}),
+        ("importance", {"importance": ONE * np.float32(np.nan)}),
+        ("importance", {"importance": ONE * np.float32(np.inf)}),
+        ("importance", {"importance": ONE[..., :8]}),
+    ],
+)
+def test_pack_arguments(name, change):
+    arguments = {"k": K, "v": K, **change}
+    with pytest.raises(ValueError, match=name):
+        arrays.pack(CODEC, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", {"q": np.zeros((1, 2, 3, 8), np.float32)}),
+        ("q", {"q": np.zeros((2, 2, 3, 16), np.float32)}),
+        ("v", {"v": K[:, :, :60]}),
+        ("exact", {"exact": [65]}),
+        ("exact", {"exact": [-1]}),
+        ("exact", {"exact": [3], "sink_length": 4}),
+        ("sink_length", {"sink_length": -1}),
+        ("start", {"start": [-1]}),
+        ("mask", {"mask": np.ones((1, 1, 3, 127), bool)}),
+        ("mask", {"mask": np.ones((1, 1, 3, 128), bool), "start": [1]}),
+        ("sink_logits", {"sink_logits": [1.0]}),
+        ("softcap", {"softcap": -1.0}),
+        ("softcap", {"softcap": float("nan")}),
+        ("scaling", {"scaling": float("nan")}),
+        ("mu", {"mu": None}),
+    ],
+)
+def test_attend_arguments(name, change):
+    records, mu, _ = reference.pack_head(CODEC, K[0, 0], K[0, 0])
+    arguments = {"q": np.zeros((1, 2, 3, 16), np.float32), "records": [[records]], "k": K, "v": K, "exact": [64],
+                 "mu": mu[None, None]}  # fmt: skip
+    arrays.attend(**arguments)
+    with pytest.raises(ValueError, match=name):
+        arrays.attend(**{**arguments, **change})
+
+
+def test_query_heads_must_be_a_multiple_of_the_kv_heads():
+    window = np.zeros((1, 2, 4, 16), np.float32)
+    with pytest.raises(ValueError, match="q"):
+        arrays.attend(np.zeros((1, 3, 1, 16), np.float32), [[[], []]], window, window, [4])
+    with pytest.raises(ValueError, match=r"q|kv_heads"):
+        arrays.salience(np.zeros((1, 3, 1, 16), np.float32), 2, power=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("power", {"power": 3}), ("kv_heads", {"kv_heads": 0}), ("first", {"first": [4]})]
+)
+def test_salience_arguments(name, change):
+    with pytest.raises(ValueError, match=name):
+        arrays.salience(**{"q": np.zeros((1, 2, 3, 16), np.float32), "kv_heads": 1, "power": 2, **change})
+
+
+def test_damaged_records_are_refused_everywhere():
+    records, mu, _ = reference.pack_head(CODEC, K[0, 0], K[0, 0])
+    for at, value, name in ((0, 0, "not a MixKVQ record"), (4, 2, "version"), (20, 64, "nbytes"), (7, 5, "value_bits")):
+        bad = bytearray(records[1])
+        bad[at] = value
+        with pytest.raises(ValueError, match=name):
+            arrays.inspect(bytes(bad))
+        with pytest.raises(ValueError, match=name):
+            arrays.unpack(bytes(bad), mu=mu)
+        if name != "nbytes":  # attention trusts the sizes of records that were inspected once
+            with pytest.raises(ValueError, match=name):
+                arrays.attend(np.zeros((1, 1, 1, 16), np.float32), [[[bytes(bad)]]], K, K, [64], mu=mu[None, None])
+    with pytest.raises(ValueError, match="32 bytes"):
+        arrays.inspect(b"MKVQ")
