@@ -126,5 +126,5 @@ def test_damaged_records_are_refused_everywhere():
         if name != "nbytes":  # attention trusts the sizes of records that were inspected once
             with pytest.raises(ValueError, match=name):
                 arrays.attend(np.zeros((1, 1, 1, 16), np.float32), [[[bytes(bad)]]], K, K, [64], mu=mu[None, None])
-    with pytest.raises(ValueError, match="32 bytes"):
+    with pytest.raises(ValueError, match="64 bytes"):
         arrays.inspect(b"MKVQ")
