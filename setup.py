@@ -27,15 +27,12 @@ from setuptools.command.build_ext import build_ext
 
 LIMITED_API, ABI_TAG = "0x030b0000", "cp311"
 TORCH_TARGET, TORCH_TARGET_MACRO = "2.10", "0x020a000000000000"
-OBJECTS = Path("build/objects")
+WERROR = os.environ.get("MIXKVQ_WERROR") == "1"
+OBJECTS = Path("build/objects-werror" if WERROR else "build/objects")  # neither undoes the other
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "scalar": ["-fno-tree-slp-vectorize"]}  # kernels_<isa>.c
-WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + (["-Werror"] if os.environ.get("MIXKVQ_WERROR") == "1" else [])
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + ["-Werror"] * WERROR
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
-FLOATS = [
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]  # never -ffast-math: bytes must not depend on it
+FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math
 C_FLAGS = ["-std=c11", "-O3", *HIDDEN, *FLOATS, "-Wstrict-prototypes", *WARNINGS]
 CXX_FLAGS = ["-std=c++20", "-O2", *HIDDEN, "-fvisibility-inlines-hidden", *WARNINGS]
 

