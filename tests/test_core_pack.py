@@ -258,3 +258,22 @@ def test_values_that_overflow_in_the_rotation_make_the_block_exact(isa, tokens, 
         v[0, 0, tokens] = 3e38 * np.float32(signs) ** np.arange(head_dim, dtype=np.float32)
         assert reference.parse(arrays.pack(codec, k, v).records[0][0][0]).exact
         check_pack(codec, k, v, np.zeros(1, np.int64), np.ones(1, np.int64), None)
+
+
+@pytest.mark.parametrize("cost", ["model", "measured"])
+@pytest.mark.parametrize("allocate", ["patterns", "threshold"])
+def test_ranges_that_overflow_equal_the_oracle(isa, cost, allocate):
+    """S is infinite; with I = 0 the score of such a channel is not a number, and it ranks before all."""
+    menu = ((2, 2, 2, 0, 0, 2), (0, 4, 0, 0, 1, 3), (1, 1, 1, 1, 4, 0))
+    codec = codec_of(8, block_length=32, residual_length=32, key_group_size=32, key_reference="none", pattern_cost=cost,
+                     allocate=allocate)  # fmt: skip
+    codec, exact = dataclasses.replace(codec, patterns=menu), 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        k, v = ramp(32, 8, seed)[None, None], ramp(32, 8, seed + 50)[None, None]
+        for channel in rng.choice(8, rng.integers(1, 4), replace=False):
+            k[0, 0, :, channel] = rng.choice([-1, 1], 32) * rng.choice([3.3e38, 1e30, 1e20])
+        weight = rng.integers(0, 2, (1, 1, 8)).astype(np.float32)
+        packed = check_pack(codec, k, v, np.zeros(1, np.int64), np.ones(1, np.int64), weight)
+        exact += reference.parse(packed.records[0][0][0]).exact
+    assert 0 < exact < 40

@@ -35,7 +35,6 @@ def choose_tiers(codec: Codec, x: Floats, importance: Floats) -> Tiers | None:
     """
     with np.errstate(all="ignore"):
         score = importance * ((x.max(axis=0) - x.min(axis=0)) / F32(3))
-        score = np.where(np.isnan(score), F32(np.inf), score)  # 0 * inf: such a channel needs the best tier
         if codec.allocate == "threshold":
             high, low = F32(codec.threshold_high), F32(codec.threshold_low)
             return np.where(score > high, 5, np.where(score > low, 3, 1)).astype(np.uint8)
@@ -58,9 +57,10 @@ def choose_tiers(codec: Codec, x: Floats, importance: Floats) -> Tiers | None:
 
 
 def assign(score: Floats, counts: tuple[int, ...]) -> Tiers:
-    """Channels by descending score (ties: lower index first) take the tiers exact, 8, 4, 3, 2, 1."""
+    """Channels by descending score take the tiers exact, 8, 4, 3, 2, 1; ties: lower index first; 0 * inf before all."""
     tiers = np.empty(len(score), np.uint8)
-    tiers[np.argsort(-score, kind="stable")] = np.repeat(np.arange(5, -1, -1), counts[::-1])
+    order = np.lexsort((-score, ~np.isnan(score)))
+    tiers[order] = np.repeat(np.arange(5, -1, -1), counts[::-1])
     return tiers
 
 
