@@ -1,0 +1,261 @@
+"""`MixKVQCache`: a `DynamicCache` whose attention layers hold packed records."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from . import compat
+from .config import MixKVQConfig
+from .handle import KEYS, VALUES, PackedHandle
+from .hook import TAG, Tag, install
+from .layer import NATIVE, MixKVQLayer, check_states
+from .linear import LinearStates
+from .report import LayerReport, Ledger, Report, held_bytes, tensors_in
+
+if compat.HybridLayer is not None:
+    from .linear import MixKVQHybridLayer
+
+
+class MixKVQCache(LinearStates, DynamicCache):
+    """A key/value cache in mixed precision (arXiv 2512.19206), read by packed kernels. Use it where `DynamicCache` is used.
+
+    Parameters
+    ----------
+    preset : str or MixKVQConfig
+        Name of a preset (`list_presets`) or a configuration.
+    config : transformers.PreTrainedConfig, optional
+        The model's configuration, as in `DynamicCache`: lays sliding-window and other layers out at once. Without it the cache learns
+        the layout in the first attention call.
+    precision : {"default", "exact"}
+        Of the attention kernel. Both run the float32 kernel today, within 1e-5 of float64 attention on the stored values.
+    **overrides
+        Fields of `MixKVQConfig` that replace the preset's, such as ``sink_length=8``.
+
+    Raises
+    ------
+    TypeError
+        For a wrong type or an unknown field, naming the fix.
+    ValueError
+        For an unknown preset or a field outside its allowed set.
+
+    Examples
+    --------
+    >>> cache = MixKVQCache()
+    >>> model.generate(**inputs, past_key_values=cache)
+    >>> print(cache.report())
+    """
+
+    def __init__(
+        self,
+        preset: str | MixKVQConfig = "default",
+        *,
+        config: Any = None,
+        precision: str = "default",
+        **overrides: Any,
+    ) -> None:
+        self.mixkvq_config = _configuration(preset, overrides)
+        if precision not in ("default", "exact"):
+            raise ValueError(f"precision is {precision!r}, must be 'default' or 'exact'")
+        self.precision = precision
+        self.ledger = Ledger()
+        self._model_config = config
+        self._learned = self._record_past = False
+        self._foreign: dict[int, int] = {}  # bytes of transformers' own layers, by index
+        self._last = -1  # layer of the last update
+        factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger)
+        Cache.__init__(self, layer_class_to_replicate=factory)
+        if config is not None:
+            self._lay_out(config)
+        install()
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Add the keys and values of new tokens to a layer.
+
+        Parameters
+        ----------
+        key_states, value_states : tensor [B, H, n, D]
+        layer_idx : int
+            0 or more; layers are made on demand unless the cache was given the model's configuration.
+
+        Returns
+        -------
+        keys, values : tensor [B, H, N, D]
+            To be handed to the model's attention.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            Naming the argument; the cache is unchanged then.
+        """
+        if torch.compiler.is_compiling():
+            return self._update_outside_graph(key_states, value_states, layer_idx)
+        layer = self._layer_to_update(key_states, value_states, layer_idx)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        self._last = layer_idx
+        ours = isinstance(layer, MixKVQLayer)
+        if not ours:
+            self._account_foreign(layer_idx)
+        if type(keys) is not PackedHandle and (not self._learned or (ours and layer.mode != NATIVE)):
+            tag = Tag(self, layer_idx, layer.epoch if ours else 0)
+            setattr(keys, TAG, tag)
+            setattr(values, TAG, tag)
+        return keys, values
+
+    def _layer_to_update(self, key: Any, value: Any, layer_idx: Any) -> Any:
+        try:
+            index = operator.index(layer_idx)
+        except TypeError:
+            raise TypeError(f"layer_idx is {layer_idx!r}, must be an int") from None
+        if index < 0:
+            raise IndexError(f"layer_idx is {index}, must be 0 or more")
+        if self._last not in (index, -1) and self._last < len(self.layers):
+            previous = self.layers[self._last]  # its attention has run by now
+            if isinstance(previous, MixKVQLayer) and previous.waiting:
+                previous.overlooked()
+        if index >= len(self.layers):
+            if self.layer_class_to_replicate is None:
+                raise IndexError(f"layer_idx is {index}, must be below {len(self.layers)}, the number of layers in config")
+            check_states(key, value)
+            while len(self.layers) <= index:
+                self.layers.append(self._new_layer())
+        elif type(self.layers[index]) is compat.LinearLayer:
+            self._to_hybrid(index, getattr(self.layers[index], "number_of_states", 1))
+        return self.layers[index]
+
+    def _new_layer(self) -> MixKVQLayer:
+        return self._recording(MixKVQLayer(self.mixkvq_config, self.ledger))
+
+    def _recording(self, layer: Any) -> Any:
+        if self._record_past and hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+        return layer
+
+    @torch.compiler.disable
+    def _update_outside_graph(self, key_states: Any, value_states: Any, layer_idx: int) -> tuple[Any, Any]:
+        """In a compiled model: plain or decoded tensors, and no hook."""
+        layer = self._layer_to_update(key_states, value_states, layer_idx)
+        keys, values = layer.update(key_states, value_states)
+        self._last = layer_idx
+        if type(keys) is PackedHandle:
+            decoded = layer.decode()
+            return decoded[KEYS], decoded[VALUES]
+        return keys, values
+
+    # ---- the layout ------------------------------------------------------------------------------------------------
+    def layer_of_call(self, index: int, module: Any) -> Any:
+        """The layer that an attention call belongs to; the first call tells the layout (see `hook`)."""
+        if not self._learned:
+            self._learned = True
+            config = getattr(module, "config", None)
+            if config is not None:
+                self._lay_out(config)
+        return self.layers[index]
+
+    def _lay_out(self, config: Any) -> None:
+        """Let transformers lay the model out and take over the layers that are exactly growing full attention."""
+        given = config is self._model_config
+        try:
+            layout = compat.hf_layout(config)
+        except Exception:
+            if given:
+                raise
+            return  # a configuration that cannot be read: full attention in every layer is right, if not thrifty
+        for index, theirs in enumerate(layout):
+            have = self.layers[index] if index < len(self.layers) else None
+            layer = self._choose(have, theirs)
+            if have is None:
+                self.layers.append(layer)
+            elif layer is not have:
+                self.layers[index] = layer
+                if isinstance(have, MixKVQLayer) and not isinstance(layer, MixKVQLayer):
+                    have.reset()  # its bytes leave the ledger
+                    self._account_foreign(index)
+        self._learned = True
+        if given:
+            self.layer_class_to_replicate = None
+
+    def _choose(self, have: Any, theirs: Any) -> Any:
+        """The layer to use where transformers would use ``theirs`` and the cache may already have one."""
+        if type(theirs) is DynamicLayer:
+            return self._new_layer() if have is None else have
+        if compat.HybridLayer is not None and type(theirs) is compat.HybridLayer:
+            if isinstance(have, MixKVQHybridLayer):
+                return have
+            new = MixKVQHybridLayer(self.mixkvq_config, self.ledger, getattr(theirs, "number_of_states", 1))
+            vars(new).update(vars(have) if have is not None else {})
+            return self._recording(new)
+        if have is not None and not isinstance(have, MixKVQLayer):
+            return have  # a linear layer that holds its state
+        self._recording(theirs)
+        if have is not None and have.length:  # in the first forward pass, when nothing is packed yet
+            theirs.update(*have.states)
+        return theirs
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen; of the first layer with keys when layer 0 has none (without configuration it may be a linear layer)."""
+        first = self.layers[0] if self.layers else None
+        if layer_idx == 0 and isinstance(first, MixKVQLayer) and not first.length:
+            lengths = (layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length"))
+            return next((n for n in lengths if n), 0)
+        return int(super().get_seq_length(layer_idx))
+
+    # ---- the whole cache -------------------------------------------------------------------------------------------
+    def activate_past_recording(self) -> None:
+        """Expect a rollback after every call, in layers made later too (assisted decoding asks before there are any)."""
+        self._record_past = True
+        for layer in self.layers:
+            self._recording(layer)
+
+    def reset(self) -> None:
+        """Forget everything; the layout is learned again."""
+        for layer in self.layers:
+            if isinstance(layer, MixKVQLayer):
+                layer.reset()
+        self.ledger.change(sum(self._foreign.values()), 0)
+        self.layers, self._foreign, self._learned, self._last = [], {}, False, -1
+        if self._model_config is not None:
+            self._lay_out(self._model_config)
+
+    def _account_foreign(self, index: int) -> None:
+        held = held_bytes(tensors_in(vars(self.layers[index])))
+        self.ledger.change(self._foreign.get(index, 0), held)
+        self._foreign[index] = held
+
+    def report(self) -> Report:
+        """Path, reason, bits and bytes of every layer; works at any time, prints as a table."""
+        layers, tensors = [], []
+        for index, layer in enumerate(self.layers):
+            held = list(tensors_in(vars(layer)))
+            if isinstance(layer, MixKVQLayer):
+                held += layer.tensors()
+                layers.append(layer.report(index))
+            else:
+                layers.append(_foreign_report(index, layer, held))
+            tensors += held
+        nbytes = held_bytes(tensors)
+        return Report(self.mixkvq_config.name, layers, nbytes, max(nbytes, self.ledger.peak))
+
+
+def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerReport:
+    """A layer that transformers made."""
+    states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+    length = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+    elements = sum(t.numel() for t in (states or held))
+    return LayerReport(index, NATIVE, f"transformers' {type(layer).__name__}", int(length), held_bytes(held), elements)
+
+
+def _configuration(preset: Any, overrides: dict[str, Any]) -> MixKVQConfig:
+    """The configuration that the first argument and the overrides of `MixKVQCache` mean."""
+    if isinstance(preset, MixKVQConfig):
+        return preset.replace(**overrides)
+    if isinstance(preset, str):
+        return MixKVQConfig.preset(preset, **overrides)
+    if hasattr(preset, "get_text_config"):
+        raise TypeError(f"preset is a {type(preset).__name__}; pass a model's configuration as MixKVQCache(config=...)")
+    raise TypeError(f"preset is {preset!r}, must be the name of a preset or a MixKVQConfig, as in MixKVQCache('default')")

@@ -1,0 +1,60 @@
+"""`PackedHandle`: what a packed layer hands to the model in place of keys or values: a shape without storage.
+
+The attention hook recognises a pair of handles and runs the fused kernel. Every other operation decodes the whole layer first: slow,
+never wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from .layer import MixKVQLayer
+
+KEYS, VALUES = 0, 1
+
+
+class PackedHandle(torch.Tensor):
+    """Keys or values [B, H, N, D] of a packed layer, decoded when somebody computes with them.
+
+    A handle reads what its layer holds at the moment of use; once the layer was updated, cropped or reordered it is stale.
+    """
+
+    layer: MixKVQLayer
+    which: int
+    epoch: int
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, layer: MixKVQLayer, which: int, shape: tuple[int, ...]) -> PackedHandle:
+        self: PackedHandle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        self.layer, self.which, self.epoch = layer, which, layer.epoch
+        return self
+
+    def check(self) -> None:
+        """Raise RuntimeError if the layer changed since this handle was made."""
+        if self.layer.epoch != self.epoch:
+            raise RuntimeError(
+                "stale keys or values of a MixKVQCache: their layer was updated, cropped or reordered since. "
+                "Ask the layer again: cache.layers[i].keys"
+            )
+
+    def decode(self) -> torch.Tensor:
+        """The decoded tensor."""
+        self.check()
+        return self.layer.decode()[self.which]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise RuntimeError(f"{func} writes into the keys or values of a packed MixKVQCache, which are read-only")
+        args, kwargs = tree_map_only(cls, cls.decode, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PackedHandle({'keys' if self.which == KEYS else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -1,0 +1,240 @@
+"""The attention hook: the one line of transformers that is replaced is how an attention module looks its function up.
+
+The function that comes back runs the original unless keys carry a mark of ours: a tag on plain tensors (the original runs, then the
+layer may pack), or a `PackedHandle` (the kernel runs instead).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import compat
+from .handle import KEYS, VALUES, PackedHandle
+from .layer import DEQUANTIZED, NATIVE, PLAIN, MixKVQLayer
+from .proof import prove, sink_logits
+
+if TYPE_CHECKING:
+    from .cache import MixKVQCache
+
+Attention = Callable[..., Any]
+TAG = "_mixkvq"
+
+# tensor arguments that attention over all cached keys does not depend on, or that the proof covers
+_HARMLESS = frozenset(
+    ("cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "num_items_in_batch", "position_ids", "s_aux", "seq_idx", "sinks")
+)
+_MASK_DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tag:
+    """Attribute of plain tensors that a cache handed out: whose they are."""
+
+    __slots__ = ("cache", "epoch", "index")
+
+    def __init__(self, cache: MixKVQCache, index: int, epoch: int) -> None:
+        self.cache, self.index, self.epoch = weakref.ref(cache), index, epoch
+
+
+@functools.lru_cache(maxsize=256)
+def _name(function: Attention) -> str:
+    module = getattr(function, "__module__", "").rpartition(".")[2]
+    return f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of an attention function."""
+
+    function: Attention
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    extra: tuple[Any, ...]
+    arguments: dict[str, Any]
+    output_dtype: torch.dtype
+
+    @classmethod
+    def bind(cls, function: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Sort the arguments, however the model spelled them."""
+        names = ("module", "query", "key", "value", "attention_mask")
+        rest = dict(kwargs)
+        five = [*args[:5], *(rest.pop(name, None) for name in names[len(args) :])]
+        return cls(function, *five, extra=args[5:], arguments=rest, output_dtype=five[1].dtype)
+
+    def original(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+        """What the model's own function gives with these keys and values."""
+        return self.function(self.module, self.query, key, value, self.mask, *self.extra, **self.arguments)
+
+    @property
+    def name(self) -> str:
+        """The function's name, for people and for comparison."""
+        return _name(self.function)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Arguments beside the first five that say something."""
+        return frozenset(name for name, value in self.arguments.items() if value is not None and value is not False)
+
+    def refusal(self, layer: MixKVQLayer) -> str | None:
+        """Why the kernel cannot compute what this call asks for, if it cannot."""
+        if self.arguments.get("dropout"):
+            return "attention dropout"
+        if self.extra:
+            return f"{self.name} is called with {5 + len(self.extra)} positional arguments"
+        for name, value in self.arguments.items():
+            if isinstance(value, torch.Tensor) and name not in _HARMLESS:
+                return f"{self.name} is called with a tensor {name!r} that the kernel does not know"
+        return self._query_refusal(layer) or self._mask_refusal(layer)
+
+    def _query_refusal(self, layer: MixKVQLayer) -> str | None:
+        keys, query = layer.states[KEYS], self.query
+        if query.dim() != 4 or (query.shape[0], query.shape[3]) != (keys.shape[0], keys.shape[3]) or query.shape[1] % keys.shape[1]:
+            return f"queries {list(query.shape)} do not fit to keys {list(keys.shape)}"
+        return None
+
+    def _mask_refusal(self, layer: MixKVQLayer) -> str | None:
+        mask, (batch, heads, n, _) = self.mask, self.query.shape
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.dtype not in _MASK_DTYPES:
+            return f"{self.name} is called with a mask that is no 4-dimensional bool or float tensor"
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] == n and mask.shape[3] >= layer.length
+        return None if fits else f"a mask of shape {list(mask.shape)} for {n} queries and {layer.length} keys"
+
+    def packed_refusal(self, layer: MixKVQLayer) -> str | None:
+        """As `refusal`, for a layer that is packed: also why the proof does not cover this call, or more than output is wanted."""
+        proof, n = layer.proof, self.query.shape[2]
+        if torch.is_grad_enabled() and self.query.requires_grad:
+            return "gradients are required"
+        if self.arguments.get("output_attentions") or compat.attention_weights_wanted():
+            return "attention weights are wanted"
+        if proof is None or proof.function != self.name:
+            return f"{self.name} was not proved to be what the kernel computes"
+        if self.mask is None and n > 1:
+            return f"{n} queries without a mask"
+        window = self.arguments.get("sliding_window")
+        if window is not None and self.mask is None and layer.length > window:
+            return f"sliding_window={window}"
+        changed = (self.given ^ proof.arguments) & {"softcap", "s_aux", "sinks"}
+        if changed:
+            return f"{', '.join(sorted(changed))} given in one call and not in another"
+        return self.refusal(layer)
+
+
+def _packed_call(call: Call) -> Any:
+    """Keys are a handle: run the kernel, or decode and run the original."""
+    key, value = call.key, call.value
+    assert isinstance(key, PackedHandle)
+    key.check()
+    layer = key.layer
+    paired = isinstance(value, PackedHandle) and value.layer is layer and (key.which, value.which) == (KEYS, VALUES)
+    reason = call.packed_refusal(layer) if paired else "keys and values do not come from one layer"
+    if reason is None:
+        assert layer.store is not None and layer.proof is not None
+        output = layer.store.attend(
+            call.query,
+            call.mask,
+            scaling=call.arguments.get("scaling"),
+            softcap=call.arguments["softcap"] if layer.proof.softcap else None,
+            sink_logits=sink_logits(call.module, call.arguments) if layer.proof.sinks else None,
+        )
+        result: Any = (output, None)
+    else:
+        layer.ledger.warn(f"keys and values are decoded for a call that the kernel cannot serve: {reason}")
+        plain = layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
+        result = call.original(*plain)
+    if layer.store is not None and key.epoch == layer.epoch and call._query_refusal(layer) is None:
+        layer.observe(call.query, call.mask)
+        layer.pack()
+    return result
+
+
+def _plain_call(tag: Tag, call: Call) -> Any:
+    """Keys are plain tensors of a cache: run the original, look at the queries, pack what is due."""
+    result = call.original(call.key, call.value)
+    cache = tag.cache()
+    if cache is None or getattr(call.value, TAG, None) is not tag:
+        return result
+    layer = cache.layer_of_call(tag.index, call.module)
+    if not isinstance(layer, MixKVQLayer) or layer.epoch != tag.epoch or layer.mode == NATIVE or not layer.waiting:
+        return result
+    layer.waiting = False
+    if torch.is_grad_enabled() and call.query.requires_grad:
+        layer.become_native("gradients are required")
+        return result
+    if call._query_refusal(layer) is None and (call.mask is None or call._mask_refusal(layer) is None):
+        layer.observe(call.query, call.mask)
+    if layer.mode == PLAIN and layer.ready():
+        layer.decide(call.refusal(layer) or _prove(call, result))
+        if layer.mode == DEQUANTIZED:
+            layer.ledger.warn(f"keys and values are decoded in every step: {layer.reason}")
+    layer.pack()
+    return result
+
+
+def _prove(call: Call, result: Any) -> Any:
+    output = result[0] if isinstance(result, tuple) else result
+    if not isinstance(output, torch.Tensor):
+        return f"{call.name} returns no tensor"
+    call.output_dtype = output.dtype
+    return prove(call, output)
+
+
+@functools.lru_cache(maxsize=256)
+def _wrap(function: Attention) -> Attention:
+    @functools.wraps(function)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        key = args[2] if len(args) > 2 else kwargs.get("key")
+        if type(key) is PackedHandle:
+            return _packed_call(Call.bind(function, args, kwargs))
+        tag = getattr(key, TAG, None)
+        return function(*args, **kwargs) if tag is None else _plain_call(tag, Call.bind(function, args, kwargs))
+
+    return attention
+
+
+# ---- installing ----------------------------------------------------------------------------------------------------
+_lock = threading.Lock()
+_replaced: tuple[type, str, Any] | None = None
+
+
+def install() -> None:
+    """Put the hook in place; `MixKVQCache` does it. Once is enough, ``MIXKVQ_HOOK=off`` forbids it."""
+    global _replaced
+    with _lock:
+        if _replaced is not None or os.environ.get("MIXKVQ_HOOK", "on") == "off":
+            return
+        owner, name = compat.attention_lookup()
+        original = getattr(owner, name)
+        _replaced = owner, name, owner.__dict__.get(name)
+
+        @functools.wraps(original)
+        def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
+            function = original(self, *args, **kwargs)
+            return function if torch.compiler.is_compiling() else _wrap(function)
+
+        setattr(owner, name, lookup)
+
+
+def uninstall() -> None:
+    """Take the hook out. Caches in use go on with decoded keys and values."""
+    global _replaced
+    with _lock:
+        if _replaced is None:
+            return
+        owner, name, original = _replaced
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+        _replaced = None

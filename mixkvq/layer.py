@@ -1,0 +1,465 @@
+"""`MixKVQLayer`: one layer of the cache and the path it takes.
+
+plain        nothing packed yet; the model gets the very tensors that `DynamicCache` would give it
+packed       the model gets handles, the attention hook runs the kernel on the packed records
+dequantized  packed as well, but the model's attention is not known to be what the kernel computes: it gets decoded tensors
+native       full precision for good: training, or keys and values that records cannot hold
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from . import compat
+from .config import BlockCodec, MixKVQConfig
+from .handle import KEYS, VALUES, PackedHandle
+from .proof import Proof, allowed
+from .queries import QueryStatistics
+from .report import LayerReport, Ledger, held_bytes
+from .store import PackedStore, outside_autograd
+
+PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NO_TOKEN = 1 << 62  # start of a row without a real token yet
+_INVISIBLE = (
+    "attention does not pass through transformers' AttentionInterface with the cached tensors: keys and values are decoded in every "
+    "step, queries are not seen"
+)
+
+
+def check_states(key: Any, value: Any) -> None:
+    """Refuse keys and values that do not belong together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    for name, states in (("key_states", key), ("value_states", value)):
+        if not isinstance(states, torch.Tensor):
+            raise TypeError(f"{name} is {type(states).__name__}, must be a tensor [batch, heads, tokens, head_dim]")
+    if key.device != value.device:
+        raise ValueError(f"value_states is on {value.device}, must be on {key.device} as key_states")
+    if key.dtype != value.dtype and not torch.is_autocast_enabled(key.device.type):
+        raise ValueError(f"value_states is {value.dtype}, must be {key.dtype} as key_states")
+    if key.dim() < 3 or key.shape[:1] != value.shape[:1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"value_states has shape {list(value.shape)}, must agree in batch and tokens with key_states {list(key.shape)}"
+        )
+
+
+class MixKVQLayer(DynamicLayer):
+    """Keys and values of one attention layer.
+
+    Parameters
+    ----------
+    config : MixKVQConfig, optional
+        Default: the default preset.
+    ledger : Ledger, optional
+        Of the cache it belongs to.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, config: MixKVQConfig | None = None, ledger: Ledger | None = None, **_: Any) -> None:
+        self.mixkvq_config = config or MixKVQConfig.preset("default")
+        self.ledger = ledger or Ledger()
+        self.record_past = False
+        self.epoch = 0
+        self.dequantizations = 0
+        self._bytes = 0
+        self._clear("nothing cached yet")
+
+    def _clear(self, reason: str) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self.mode, self.reason = PLAIN, reason
+        self.store: PackedStore | None = None
+        self.proof: Proof | None = None
+        self.queries = QueryStatistics(self.mixkvq_config.salience)
+        self.length = 0
+        self.waiting = False  # handed tensors out that the hook has not seen coming back
+        self._k: torch.Tensor | None = None
+        self._v: torch.Tensor | None = None
+        self._start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a mask
+        self._account()
+
+    # ---- what transformers asks ------------------------------------------------------------------------------------
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Take over dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Columns seen, padding included."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: grows without limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Columns of the mask for this many new queries, and the first column."""
+        return self.length + compat.query_length(query_length), 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.mode}, {self.length} tokens)"
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens; what to attend to comes back.
+
+        Parameters
+        ----------
+        key_states, value_states : tensor [B, H, n, D]
+
+        Returns
+        -------
+        keys, values : tensor [B, H, N, D]
+            Plain or decoded tensors, or `PackedHandle`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument; the layer is unchanged then.
+        """
+        check_states(key_states, value_states)
+        self._check_continues(key_states, value_states)
+        self.overlooked()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.mode != NATIVE and (obstacle := self._obstacle(key_states, value_states)):
+            self.become_native(obstacle)
+        self.epoch += 1
+        self.waiting = True
+        self.length += key_states.shape[-2]
+        if self.store is None:
+            return self._update_plain(key_states, value_states)
+        self.store.flush(self._margin)
+        if self.store.append(key_states, value_states):
+            self._account()
+        if self.mode == DEQUANTIZED:
+            return self.decode()
+        shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+        return PackedHandle(self, KEYS, shape), PackedHandle(self, VALUES, shape)
+
+    def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._k is None or self._v is None:
+            # aliases: what is handed out gets tagged, and a tag must not become part of the layer
+            self._k, self._v = (t.view_as(t) if t.requires_grad else t.detach() for t in (key, value))
+            self._account()
+            return key, value
+        self._k, self._v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)
+        self._account()
+        return self._k.view_as(self._k), self._v.view_as(self._v)
+
+    def _check_continues(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Refuse tokens that do not fit to those cached before."""
+        if not self.length:
+            return
+        have = self.states
+        for name, new, old in zip(("key_states", "value_states"), (key, value), have, strict=True):
+            if (new.shape[:-2], new.shape[-1]) != (old.shape[:-2], old.shape[-1]):
+                want = ", ".join(map(str, [*old.shape[:-2], "n", old.shape[-1]]))
+                raise ValueError(f"{name} has shape {list(new.shape)}, must be [{want}] as the tokens cached before")
+            if new.dtype != old.dtype or new.device != old.device:
+                raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {old.dtype} on {old.device} as cached before")
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact tensors of keys and values: all of a plain layer, buffers of a packed one."""
+        if self.store is not None:
+            return self.store.k, self.store.v
+        assert self._k is not None and self._v is not None
+        return self._k, self._v
+
+    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+        """Why these tensors must stay in full precision."""
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            return "gradients are required"
+        if self.length:
+            return None
+        if key.dim() != 4 or key.shape != value.shape:
+            return f"keys {list(key.shape)} and values {list(value.shape)} differ in shape, as latent (MLA) attention does"
+        if key.dtype != value.dtype:
+            return f"keys are {key.dtype}, values {value.dtype}"
+        if key.device.type != "cpu":
+            return f"no packed kernels for {key.device}"
+        try:
+            self._codec(key)
+        except ValueError as error:
+            return f"no packed kernels: {error}"
+        return None
+
+    def _codec(self, key: torch.Tensor) -> BlockCodec:
+        return self.mixkvq_config.codec(key.shape[-1], _DTYPES.get(key.dtype, str(key.dtype).removeprefix("torch.")))
+
+    # ---- choosing the path -----------------------------------------------------------------------------------------
+    def ready(self) -> bool:
+        """Whether a plain layer has enough tokens to pack, and every row a real one."""
+        threshold = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length + self._margin
+        if self.mode == NATIVE or self._k is None or self.length < threshold:
+            return False
+        if self._start is None:
+            return True
+        if int(self._start.max()) == _NO_TOKEN:
+            self.reason = "nothing packed yet: a batch row has no real token"
+            return False
+        return self.length - int(self._start.min()) >= threshold
+
+    @property
+    def _margin(self) -> int:
+        """Tokens more that stay exact while a rollback is expected (assisted decoding)."""
+        return self.mixkvq_config.block_length if self.record_past else 0
+
+    def overlooked(self) -> None:
+        """The tensors handed out last never reached the hook: once packing is due, go on with decoded tensors."""
+        if self.mode == PLAIN and self.waiting and self.ready():
+            self.mode, self.reason = DEQUANTIZED, _INVISIBLE
+            self.ledger.warn(_INVISIBLE)
+        if self.mode == DEQUANTIZED and self.waiting:
+            self.pack()
+        self.waiting = False
+
+    def decide(self, verdict: Proof | str | None) -> None:
+        """Choose the path by what `proof.prove` found."""
+        if isinstance(verdict, Proof):
+            self.mode, self.proof = PACKED, verdict
+            self.reason = f"{verdict.function} proved to be what the kernel computes"
+        elif verdict is not None:
+            self.mode, self.reason = DEQUANTIZED, verdict
+
+    def become_native(self, reason: str) -> None:
+        """Keep everything in full precision from now on."""
+        if self.store is not None:
+            self._k, self._v = self.decode()
+            self.store = None
+            self.ledger.warn(f"a layer went from packed to full precision: {reason}")
+        self.mode, self.reason = NATIVE, reason
+        self._account()
+
+    def observe(self, query: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """See one attention call: where rows begin, and what their queries look like.
+
+        Parameters
+        ----------
+        query : tensor [B, Q, n, D]
+            Of the last ``n`` tokens.
+        mask : tensor [B or 1, Q or 1, n, columns] or None
+        """
+        keys = self.states[KEYS]
+        first = None
+        if self.store is None:
+            start = _first_columns(mask, keys.shape[0], self.length)
+            self._start = start if self._start is None else torch.minimum(self._start, start)
+            past = self.length - query.shape[2]
+            if int(self._start.max()) > past:
+                first = (self._start - past).clamp(0, query.shape[2])
+        if query.shape[0] == keys.shape[0] and query.shape[1] % keys.shape[1] == 0 and query.shape[3] == keys.shape[3]:
+            self.queries.add(query, keys.shape[1], first)
+
+    def pack(self) -> None:
+        """Pack what is due; let go of memory that belongs to the model."""
+        if self.store is not None:
+            if self.store.flush(self._margin):
+                self._account()
+        elif self.mode in (PACKED, DEQUANTIZED) and self.ready():
+            self._begin()
+        elif self._k is not None and self._v is not None and not self._k.requires_grad:
+            self._k, self._v = _own(self._k), _own(self._v)  # views of a fused projection would keep all of it
+            self._account()
+        if self.mode == PLAIN and not self.reason.endswith("real token"):
+            need = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length
+            self.reason = f"nothing packed yet: begins at {need} tokens"
+
+    def _begin(self) -> None:
+        k, v = self.states
+        start = torch.zeros(k.shape[0], dtype=torch.int64) if self._start is None else self._start
+        self.store = PackedStore.begin(self.mixkvq_config, self._codec(k), k, v, start, self.queries, self._margin)
+        self._k = self._v = self._start = None
+        self._account()
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values as ordinary tensors [B, H, N, D]."""
+        if self.store is None:
+            return self.states
+        self.dequantizations += 1
+        return self.store.read()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys; decoded if packed. Assigning makes the layer plain again."""
+        return self.decode()[KEYS] if self.length else None
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._assign(value, None)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values; decoded if packed. Assigning makes the layer plain again."""
+        return self.decode()[VALUES] if self.length else None
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._assign(None, value)
+
+    def _assign(self, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
+        old_key, old_value = self.decode() if self.length else (None, None)
+        record_past, new = self.record_past, (old_key if key is None else key, old_value if value is None else value)
+        self._clear("tensors were assigned from outside")
+        self.record_past, (self._k, self._v) = record_past, new
+        self.epoch += 1
+        states = next((t for t in new if t is not None), None)
+        if states is not None:
+            self.lazy_initialization(states)
+            self.length = states.shape[-2]
+        self._account()
+
+    # ---- shortening and moving -------------------------------------------------------------------------------------
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.epoch += 1
+        self._clear("nothing cached yet")
+
+    def activate_past_recording(self) -> None:
+        """A rollback by `crop` may follow every call: keep a block more exact."""
+        self.record_past = True
+
+    @outside_autograd
+    def _crop_plain(self, keep: int) -> None:
+        k, v = self.states
+        self._k, self._v = k[..., :keep, :].clone(), v[..., :keep, :].clone()
+        if self._start is not None:
+            self._start = torch.where(self._start >= keep, _NO_TOKEN, self._start)
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Remove tokens from the end; the argument is that of the installed transformers.
+
+        Raises
+        ------
+        ValueError
+            For a positive number, from transformers 5.15 on.
+        """
+        keep = compat.crop_target(self.length, tokens_to_remove)
+        if keep < self.length:
+            self.epoch += 1
+            if keep == 0:
+                self._clear("emptied by crop")
+                return
+            if self.store is None:
+                self._crop_plain(keep)
+            else:
+                self.store.crop(keep)
+            self.length = keep
+            self._account()
+        if self.record_past and self.mode in (PACKED, DEQUANTIZED):
+            self.record_past = False  # the rollback is done: no margin needed
+            self.pack()
+            self.record_past = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows ``beam_idx``, in this order."""
+        self._gather(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times; the copies share its records."""
+        if self.length:
+            self._gather(torch.arange(self.states[KEYS].shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Only the rows ``indices``: integers, or a mask."""
+        if self.length:
+            if not isinstance(indices, torch.Tensor):
+                indices = torch.as_tensor(indices)
+            self._gather(torch.arange(self.states[KEYS].shape[0])[indices.cpu()])
+
+    def _gather(self, rows: torch.Tensor) -> None:
+        if not self.length:
+            return
+        states = self.states[KEYS]
+        rows = rows.to(states.device, torch.int64)
+        batch = states.shape[0]
+        if len(rows) and not -batch <= int(rows.min()) <= int(rows.max()) < batch:
+            raise IndexError(f"batch index {rows.tolist()}, must be in 0 to {batch - 1}")
+        rows = rows % batch
+        self.epoch += 1
+        if self.store is not None:
+            self.store.gather(rows)
+        else:
+            k, v = self.states
+            self._k, self._v = k.index_select(0, rows), v.index_select(0, rows)
+            self._start = None if self._start is None else self._start.index_select(0, rows)
+            self.queries.gather(rows)
+        self._account()
+
+    def offload(self) -> None:
+        """Not offered.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
+        raise NotImplementedError("MixKVQCache does not offload layers; its packed records stay on the model's device")
+
+    prefetch = offload
+
+    # ---- accounts --------------------------------------------------------------------------------------------------
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held."""
+        if self.store is not None:
+            return self.store.tensors()
+        return [t for t in (self._k, self._v, self._start, self.queries.sum, self.queries.count) if t is not None]
+
+    def _account(self) -> None:
+        held = held_bytes(self.tensors())
+        self.ledger.change(self._bytes, held)
+        self._bytes = held
+
+    @property
+    def path(self) -> str:
+        """As in `report.LayerReport`: a layer that has packed nothing yet is native."""
+        return self.mode if self.mode in (PACKED, DEQUANTIZED) else NATIVE
+
+    def report(self, index: int) -> LayerReport:
+        """What this layer holds."""
+        nbytes = held_bytes(self.tensors())
+        if self.store is None:
+            elements = sum(t.numel() for t in (self._k, self._v) if t is not None)
+            return LayerReport(index, self.path, self.reason, self.length, nbytes, elements, dequantizations=self.dequantizations)
+        totals = self.store.totals()
+        return LayerReport(
+            index, self.path, self.reason, self.length, nbytes, dequantizations=self.dequantizations, **totals._asdict()
+        )
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it is a view of something larger."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor:
+    """First column of every row [B] that any of its queries may attend to; `_NO_TOKEN` where there is none."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    first = []
+    for row in mask.expand(batch, -1, -1, -1):
+        row = row[:, :, :columns]
+        seen = allowed(row[:, -1]).any(0)
+        bound = int(seen.int().argmax()) if bool(seen.any()) else row.shape[2]
+        if bound:  # columns before those of the last query may still serve an earlier one
+            earlier = allowed(row[:, :, :bound]).any(0).any(0)
+            bound = int(earlier.int().argmax()) if bool(earlier.any()) else bound
+        first.append(bound if bound < row.shape[2] else _NO_TOKEN)
+    return torch.tensor(first, dtype=torch.int64)

@@ -1,0 +1,119 @@
+"""Layers with a convolution or recurrent state (qwen3_next, jamba, zamba2, falcon_h1): transformers' own, made on demand.
+
+A cache that was made without a configuration learns which layers these are when the model touches their states, which may come before
+or after the layer's keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from . import compat
+from .layer import MixKVQLayer
+from .report import tensors_in
+
+if compat.HybridLayer is not None:
+
+    class MixKVQHybridLayer(compat.HybridLayer, MixKVQLayer):  # type: ignore[misc, name-defined]
+        """A layer with both kinds of state. transformers' class calls `DynamicLayer` by name, so everything is spelled out again."""
+
+        is_croppable = compat.LinearMixin.__dict__.get("is_croppable", True)
+
+        def __init__(self, config: Any = None, ledger: Any = None, number_of_states: int = 1) -> None:
+            self.conv_states = self.recurrent_states = None
+            MixKVQLayer.__init__(self, config, ledger)
+            compat.LinearLayer.__init__(self, **compat.state_arguments(number_of_states))
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            if args:
+                MixKVQLayer.lazy_initialization(self, *args)
+            else:
+                compat.LinearLayer.lazy_initialization(self, **kwargs)
+
+        def reset(self) -> None:
+            MixKVQLayer.reset(self)
+            compat.LinearLayer.reset(self)
+
+        def crop(self, tokens_to_remove: Any) -> None:
+            compat.LinearLayer.crop(self, tokens_to_remove)  # this one may refuse
+            MixKVQLayer.crop(self, tokens_to_remove)
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            MixKVQLayer.reorder_cache(self, beam_idx)
+            compat.LinearLayer.reorder_cache(self, beam_idx)
+
+        def tensors(self) -> list[torch.Tensor]:
+            return [*MixKVQLayer.tensors(self), *tensors_in([self.conv_states, self.recurrent_states])]
+
+        offload = MixKVQLayer.offload
+        prefetch = MixKVQLayer.prefetch
+        activate_past_recording = MixKVQLayer.activate_past_recording
+
+
+class LinearStates(Cache):
+    """The part of a cache that serves linear layers; `MixKVQCache` has the rest."""
+
+    def _new_layer(self) -> MixKVQLayer:
+        raise NotImplementedError
+
+    def _is_linear(self, layer_idx: int) -> bool:
+        return compat.LinearMixin is not None and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], compat.LinearMixin)
+
+    def _to_hybrid(self, layer_idx: int, number_of_states: int) -> None:
+        """Give the layer both kinds of state and keep what it has."""
+        old = self.layers[layer_idx]
+        fresh = self._new_layer()
+        new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, number_of_states)
+        keep = dict(vars(old))
+        if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
+            keep = {name: value for name, value in keep.items() if name not in ("dtype", "device", "is_initialized")}
+        vars(new).update(keep)
+        self.layers[layer_idx] = new
+
+    def _linear_layer(self, layer_idx: int, state_idx: int) -> None:
+        """Make sure that this layer can hold a linear state."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer())
+        have = self.layers[layer_idx]
+        if not isinstance(have, compat.LinearMixin):
+            if have.get_seq_length():
+                self._to_hybrid(layer_idx, state_idx + 1)
+            else:  # exactly this class: a hybrid would be asked for mask sizes
+                new = compat.LinearLayer(**compat.state_arguments(state_idx + 1))
+                new.record_past = getattr(have, "record_past", False)
+                self.layers[layer_idx] = new
+        compat.ensure_states(self.layers[layer_idx], state_idx + 1)
+
+    def update_conv_state(self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+        """As in `Cache`."""
+        self._linear_layer(layer_idx, state_idx)
+        index = {"state_idx": state_idx} if state_idx else {}
+        return super().update_conv_state(conv_states, layer_idx, **index, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+        """As in `Cache`."""
+        self._linear_layer(layer_idx, state_idx)
+        index = {"state_idx": state_idx} if state_idx else {}
+        return super().update_recurrent_state(recurrent_states, layer_idx, **index, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """As in `Cache`; None for a layer that does not exist yet."""
+        return super().get_conv_state(layer_idx, state_idx) if self._is_linear(layer_idx) else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """As in `Cache`; None for a layer that does not exist yet."""
+        return super().get_recurrent_state(layer_idx, state_idx) if self._is_linear(layer_idx) else None
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """As in `Cache`; False while there is no linear layer."""
+        known = any(map(self._is_linear, range(len(self.layers)))) if layer_idx is None else self._is_linear(layer_idx)
+        if not known:
+            return False
+        return bool(super().has_previous_state(layer_idx, *(() if state_idx is None else (state_idx,))))
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """As in `Cache`; False for a layer that does not exist yet."""
+        return layer_idx < len(self.layers) and bool(getattr(self.layers[layer_idx], "record_past", False))

@@ -1,0 +1,66 @@
+"""What the queries of a layer look like, channel by channel: the importance I_d of the allocation (docs/format.md section 4)."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+
+_POWER = {"mean_abs": 1, "rms": 2}
+
+
+class QueryStatistics:
+    """Sums of |q_d|^p per batch row, KV head and channel, over all query positions and the query heads of the KV head.
+
+    Parameters
+    ----------
+    salience : {"rms", "mean_abs", "none"}
+        Which mean `importance` returns; "none" collects nothing.
+
+    Attributes
+    ----------
+    sum : float64 tensor [B, H, D] or None
+    count : int64 tensor [B] or None
+        Head-tokens in the sum.
+    """
+
+    def __init__(self, salience: str) -> None:
+        self.power = _POWER.get(salience, 0)
+        self.sum: torch.Tensor | None = None
+        self.count: torch.Tensor | None = None
+
+    def add(self, q: torch.Tensor, kv_heads: int, first: torch.Tensor | None) -> None:
+        """Add the queries of one call.
+
+        Parameters
+        ----------
+        q : tensor [B, Q, n, D]
+        kv_heads : int
+            H, a divisor of Q.
+        first : int64 tensor [B] or None
+            First query of each row that is not padding, 0 to n; None: all are real.
+        """
+        if not self.power:
+            return
+        batch, heads, n, head_dim = q.shape
+        if self.sum is None or self.count is None:
+            with torch.inference_mode(False):
+                self.sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=q.device)
+                self.count = torch.zeros(batch, dtype=torch.int64, device=q.device)
+        ops.salience_(self.sum, q.detach(), kv_heads, self.power, first)
+        group = heads // kv_heads
+        self.count += n * group if first is None else (n - first) * group
+
+    def importance(self) -> torch.Tensor | None:
+        """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None if no query was ever seen."""
+        if self.sum is None or self.count is None or not bool(self.count.any()):
+            return None
+        mean = self.sum / self.count.clamp(min=1).view(-1, 1, 1)
+        value = (mean.sqrt() if self.power == 2 else mean).float()
+        known = (self.count.view(-1, 1, 1) > 0) & value.isfinite()
+        return torch.where(known, value, 1.0).contiguous()
+
+    def gather(self, rows: torch.Tensor) -> None:
+        """Keep these batch rows, in this order."""
+        if self.sum is not None and self.count is not None:
+            self.sum, self.count = self.sum.index_select(0, rows), self.count.index_select(0, rows)

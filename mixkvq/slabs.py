@@ -1,0 +1,145 @@
+"""`RecordTable`: the packed records of a layer and where they lie.
+
+Records are immutable and live in slabs (uint8 tensors) that are written once, at their exact size, and never copied to grow. A table
+says where record (row, head, block) is, as ``slab << 40 | offset``, so rows are reordered, selected and repeated by moving
+entries: rows with the same history share its records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+SHIFT = 40
+OFFSET = (1 << SHIFT) - 1
+ALIGNMENT = 64
+_NBYTES = 20  # where the record header has its length, docs/format.md section 1
+
+
+class RecordTable:
+    """Records of ``batch`` rows and ``heads`` heads.
+
+    Attributes
+    ----------
+    slabs : list of uint8 tensors
+    place : int64 tensor [B, H, blocks of the longest row]
+        -1 where a row has no such block.
+    blocks : int64 tensor [B]
+    """
+
+    def __init__(self, batch: int, heads: int, device: torch.device) -> None:
+        self.slabs: list[torch.Tensor] = []
+        self.place = torch.zeros(batch, heads, 0, dtype=torch.int64, device=device)
+        self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # kernels need records on 64-byte boundaries, which not every way of loading a tensor gives
+        self.slabs = [slab if slab.data_ptr() % ALIGNMENT == 0 else slab.clone() for slab in self.slabs]
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+    def add(self, staging: torch.Tensor, sizes: torch.Tensor, counts: torch.Tensor) -> None:
+        """Append newly packed blocks to every row.
+
+        Parameters
+        ----------
+        staging : uint8 tensor [B, H, m, bound]
+            Records, each at the start of its slot.
+        sizes : int64 tensor [B, H, m]
+            Their lengths, 0 where ``j >= counts[b]``.
+        counts : int64 tensor [B]
+            New blocks of each row.
+        """
+        total = int(sizes.sum())
+        if total == 0:
+            return
+        flat = sizes.reshape(-1)
+        slab = torch.empty(total, dtype=torch.uint8, device=staging.device)
+        _copy_records(slab, staging.reshape(-1, staging.shape[-1]), flat)
+        places = (len(self.slabs) << SHIFT) + (flat.cumsum(0) - flat).view_as(sizes)
+        self.slabs.append(slab)
+        old = self.place
+        longest = int((self.blocks + counts).max())
+        self.place = torch.full((*old.shape[:2], longest), -1, dtype=torch.int64, device=old.device)
+        self.place[:, :, : old.shape[2]] = old
+        for row, (have, new) in enumerate(zip(self.blocks.tolist(), counts.tolist(), strict=True)):
+            self.place[row, :, have : have + new] = places[row, :, :new]
+        self.blocks = self.blocks + counts
+
+    # ---- shrinking and moving --------------------------------------------------------------------------------------
+    def truncate(self, blocks: torch.Tensor) -> None:
+        """Keep the first ``blocks[b]`` blocks of every row."""
+        longest = int(blocks.max()) if len(blocks) else 0
+        column = torch.arange(longest, device=blocks.device)
+        place = self.place[:, :, :longest]
+        self.place = torch.where(column < blocks.view(-1, 1, 1), place, -1)
+        self.blocks = blocks.clone()
+        self._sweep()
+
+    def gather(self, rows: torch.Tensor) -> None:
+        """Keep these batch rows, in this order; a row may come several times."""
+        self.blocks = self.blocks.index_select(0, rows)
+        longest = int(self.blocks.max()) if len(self.blocks) else 0
+        self.place = self.place.index_select(0, rows)[:, :, :longest].contiguous()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Drop slabs without a live record; rewrite those in which less than half of the bytes are live."""
+        live, sizes = self.distinct()
+        slab_of, moved, slabs = live >> SHIFT, live.clone(), list[torch.Tensor]()
+        for index, slab in enumerate(self.slabs):
+            here = slab_of == index
+            nbytes = int(sizes[here].sum())
+            if nbytes == 0:
+                continue
+            offsets = live[here] & OFFSET
+            if 2 * nbytes < slab.numel():
+                lengths = sizes[here]
+                parts = [slab[o : o + n] for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+                slab, offsets = torch.cat(parts), lengths.cumsum(0) - lengths
+            moved[here] = (len(slabs) << SHIFT) + offsets
+            slabs.append(slab)
+        used = self.place >= 0
+        self.place[used] = moved[torch.searchsorted(live, self.place[used])]
+        self.slabs = slabs
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+    def distinct(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of all live records, each once, ascending; and their lengths."""
+        live = torch.unique(self.place[self.place >= 0])
+        sizes = [live[:0]]
+        for index, slab in enumerate(self.slabs):
+            offsets = (live[(live >> SHIFT) == index] & OFFSET) + _NBYTES
+            sizes.append(slab.view(torch.int32)[offsets // 4].to(torch.int64))
+        return live, torch.cat(sizes)
+
+    def record(self, row: int, head: int, block: int) -> bytes:
+        """The bytes of one record."""
+        return self._bytes(int(self.place[row, head, block]))
+
+    def records(self) -> Iterator[bytes]:
+        """All live records, each once."""
+        for place in self.distinct()[0].tolist():
+            yield self._bytes(place)
+
+    def _bytes(self, place: int) -> bytes:
+        slab, offset = self.slabs[place >> SHIFT], place & OFFSET
+        length = int(slab[offset + _NBYTES : offset + _NBYTES + 4].view(torch.int32))
+        return slab[offset : offset + length].numpy(force=True).tobytes()
+
+
+def _copy_records(slab: torch.Tensor, slots: torch.Tensor, sizes: torch.Tensor) -> None:
+    """Write the records at the start of ``slots`` one behind the other; slots of size 0 are empty."""
+    full = sizes > 0
+    lengths = sizes[full]
+    if bool((lengths == lengths[0]).all()):  # the usual case: one record size per preset
+        width = int(lengths[0])
+        used = slots[:, :width]
+        slab.view(-1, width).copy_(used if bool(full.all()) else used[full])
+        return
+    offset = 0
+    for slot, length in zip(slots, sizes.tolist(), strict=True):
+        slab[offset : offset + length] = slot[:length]
+        offset += length

@@ -1,0 +1,388 @@
+"""`PackedStore`: the packed history and the exact window of one layer, as plain tensors. Nothing of transformers in here.
+
+The tokens of batch row b, counted from its first real token (column ``start[b]``; padding before it is not stored), are
+
+    sinks | packed blocks of T tokens | window
+
+Sinks and window lie in one exact buffer, ``exact[b]`` tokens, sinks first. While a window holds at least ``residual_length``
+tokens its oldest block is packed. Every row has its own start, window and number of blocks, so a row gives the same records
+alone and in a padded batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from . import _core, ops
+from .config import BlockCodec, MixKVQConfig
+from .queries import QueryStatistics
+from .slabs import RecordTable
+
+STAGING_BYTES = 8 << 20
+SLAB_COLUMNS = 16  # block columns (one block of every row and head) per slab, at most
+GROWTH = 64  # exact buffers grow to a multiple of this, and shrink back when they are flushed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_autograd(function: Callable[P, R]) -> Callable[P, R]:
+    """Run with ordinary tensors and without gradients: tensors made in inference mode could not be changed outside of it."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+class StoreTotals(NamedTuple):
+    """What a store holds; the fields are those of `report.LayerReport`."""
+
+    elements: int
+    record_bytes: int
+    code_bytes: int
+    metadata_bytes: int
+    record_elements: int
+    raised_scales: int
+    exact_blocks: int
+
+
+class PackedStore:
+    """State of one packed layer. Make it with `begin`.
+
+    Parameters
+    ----------
+    config : MixKVQConfig
+    codec : BlockCodec
+        ``config`` for this layer's head_dim and dtype.
+    start : int64 tensor [B]
+        Column of the first real token of every row.
+    heads : int
+        KV heads, H.
+    dtype : torch.dtype
+        Of keys and values.
+    margin : int
+        As in `flush`.
+
+    Attributes
+    ----------
+    k, v : tensor [B, H, C, D]
+        Exact buffers.
+    exact : int64 tensor [B]
+        Tokens in use of the buffers, per row.
+    records : RecordTable
+    mu, has_mu : float16 tensor [B, H, D] and uint8 tensor [B, H], or None
+        Key references (docs/format.md section 4).
+    queries : QueryStatistics
+    raised : int
+        Raised scales in all blocks packed so far.
+    length : int
+        Columns seen, padding included.
+    """
+
+    @outside_autograd
+    def __init__(
+        self, config: MixKVQConfig, codec: BlockCodec, start: torch.Tensor, heads: int, dtype: torch.dtype, margin: int = 0
+    ) -> None:
+        batch, device = len(start), start.device
+        self.config, self.codec, self.start = config, codec, start.clone()
+        capacity = config.sink_length + config.residual_length + margin
+        self.k = torch.zeros(batch, heads, capacity, codec.head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.exact = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.records = RecordTable(batch, heads, device)
+        self.mu: torch.Tensor | None = None
+        self.has_mu: torch.Tensor | None = None
+        if codec.key_reference and codec.allocate != "exact":
+            self.mu = torch.zeros(batch, heads, codec.head_dim, dtype=torch.float16, device=device)
+            self.has_mu = torch.zeros(batch, heads, dtype=torch.uint8, device=device)
+        self.queries = QueryStatistics(config.salience)
+        self.raised = self.length = 0
+        self._recount()
+
+    @classmethod
+    @outside_autograd
+    def begin(
+        cls,
+        config: MixKVQConfig,
+        codec: BlockCodec,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start: torch.Tensor,
+        queries: QueryStatistics | None = None,
+        margin: int = 0,
+    ) -> PackedStore:
+        """Take over the plain keys and values of a prompt: due blocks are packed from where they lie, the rest is copied.
+
+        Parameters
+        ----------
+        config, codec
+            As in the class.
+        k, v : tensor [B, H, N, D]
+            Any strides; not kept.
+        start : int64 tensor [B]
+            Column of the first real token of every row, 0 to N.
+        queries : QueryStatistics, optional
+            Of all queries so far.
+        margin : int
+            As in `flush`.
+
+        Returns
+        -------
+        PackedStore
+        """
+        k, v = k.detach(), v.detach()
+        self = cls(config, codec, start, k.shape[1], k.dtype, margin)
+        self.queries = queries or self.queries
+        self.length = k.shape[2]
+        tokens = self.length - start
+        sinks = tokens.clamp(max=config.sink_length)
+        blocks = self._due(tokens, margin)
+        self._pack(k, v, start + sinks, blocks)
+        self.exact = tokens - blocks * config.block_length
+        for row, (at, s, n, m) in enumerate(_rows(start, sinks, self.exact, blocks * config.block_length)):
+            for buffer, source in ((self.k, k), (self.v, v)):
+                buffer[row, :, :s] = source[row, :, at : at + s]
+                buffer[row, :, s:n] = source[row, :, at + s + m :]
+        self._recount()
+        return self
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+    def append(self, k_new: torch.Tensor, v_new: torch.Tensor) -> bool:
+        """Append n tokens [B, H, n, D] of the store's dtype to every row's window; whether the buffers had to grow comes back."""
+        n = k_new.shape[2]
+        grow = n > self._room
+        if grow:
+            self._resize(-(-(self.k.shape[2] - self._room + n) // GROWTH) * GROWTH)
+        ops.append(self._core(), k_new.detach(), v_new.detach())
+        self._room -= n
+        self._slack -= n
+        self.length += n
+        return grow
+
+    def flush(self, margin: int = 0) -> bool:
+        """Pack every block that is due, row by row, and say whether there was one.
+
+        Parameters
+        ----------
+        margin : int
+            Tokens that stay in the window beyond ``residual_length``.
+        """
+        if self._slack + margin > 0:
+            return False
+        self._flush(margin)
+        return True
+
+    @outside_autograd
+    def _flush(self, margin: int) -> None:
+        sink, length = self.config.sink_length, self.config.block_length
+        blocks = self._due(self.exact, margin)
+        self._pack(self.k, self.v, torch.full_like(blocks, sink), blocks)
+        for row, (n, m) in enumerate(_rows(self.exact, blocks * length)):
+            for buffer in (self.k, self.v):
+                if 0 < m < n - sink:
+                    buffer[row, :, sink : n - m] = buffer[row, :, sink + m : n].clone()
+        self.exact -= blocks * length
+        self._resize(max(sink + self.config.residual_length, int(self.exact.max())))
+        self._recount()
+
+    def _due(self, exact: torch.Tensor, margin: int) -> torch.Tensor:
+        """Blocks to pack per row, so that fewer than ``residual_length + margin`` tokens stay in the window."""
+        window = exact - self.config.sink_length - self.config.residual_length - margin
+        return torch.where(window >= 0, window // self.config.block_length + 1, 0)
+
+    def _pack(self, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Pack ``blocks[b]`` blocks of k, v [B, H, n, D] from token ``first[b]`` on, a few columns at a time."""
+        most, length = int(blocks.max()) if len(blocks) else 0, self.codec.block_length
+        if most == 0:
+            return
+        importance = self.queries.importance()
+        column_bytes = k.shape[0] * k.shape[1] * ops.codec(self.codec).record_bound
+        step = max(1, min(SLAB_COLUMNS, STAGING_BYTES // column_bytes))
+        for column in range(0, most, step):
+            counts = (blocks - column).clamp(0, step)
+            at = torch.where(counts > 0, first + column * length, 0)
+            columns = int(counts.max())
+            staging, sizes, raised = ops.pack(self.codec, k, v, at, counts, columns, importance, self.mu, self.has_mu)
+            self.records.add(staging, sizes, counts)
+            self.raised += int(raised.sum())
+
+    @outside_autograd
+    def _resize(self, capacity: int) -> None:
+        """Give the exact buffers room for this many tokens; what is in use is copied."""
+        self._handle = None
+        if capacity == self.k.shape[2]:
+            return
+        used = min(capacity, self.k.shape[2])
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+        self._recount()
+
+    def _recount(self) -> None:
+        """After any change but `append`: forget the core's handle, count free and due tokens."""
+        self._handle: Any = None
+        most = int(self.exact.max()) if len(self.exact) else 0
+        self._room = self.k.shape[2] - most
+        self._slack = self.config.sink_length + self.config.residual_length - most
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+    def attend(
+        self,
+        q: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of q [B, Q, n, D] over everything stored.
+
+        Parameters
+        ----------
+        q : tensor [B, Q, n, D]
+        mask : tensor [B or 1, Q or 1, n, columns], optional
+            bool (True may attend) or float (added), over columns, padding included.
+        causal : bool
+            Query i stands at the last token but n - 1 - i.
+        scaling : float, optional
+            Default ``D ** -0.5``.
+        softcap : float, optional
+        sink_logits : float32 tensor [Q], optional
+
+        Returns
+        -------
+        tensor [B, n, Q, D], contiguous, in q's dtype
+        """
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits)
+
+    @outside_autograd
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, decoded, [B, H, length, D]; zeros at padding."""
+        shape = (*self.k.shape[:2], self.length, self.k.shape[3])
+        k, v = self.k.new_zeros(shape), self.k.new_zeros(shape)
+        sinks = self.exact.clamp(max=self.config.sink_length)
+        ops.unpack(self._core(), k, v, self.start + sinks)
+        packed = self.records.blocks * self.config.block_length
+        for row, (at, s, n, m) in enumerate(_rows(self.start, sinks, self.exact, packed)):
+            for target, buffer in ((k, self.k), (v, self.v)):
+                target[row, :, at : at + s] = buffer[row, :, :s]
+                target[row, :, at + s + m : at + n + m] = buffer[row, :, s:n]
+        return k, v
+
+    def _core(self, place: torch.Tensor | None = None, blocks: torch.Tensor | None = None) -> Any:
+        """The core's handle: it keeps addresses, so it is made anew whenever a tensor was replaced."""
+        if place is not None:
+            return self._new_core(place, blocks)
+        if self._handle is None:
+            self._handle = self._new_core(self.records.place, self.records.blocks)
+        return self._handle
+
+    def _new_core(self, place: torch.Tensor, blocks: torch.Tensor | None) -> Any:
+        sink, slabs = self.config.sink_length, self.records.slabs
+        return ops.layer(self.k, self.v, self.exact, self.start, sink, slabs, place, blocks, self.mu)
+
+    # ---- shortening and moving -------------------------------------------------------------------------------------
+    @outside_autograd
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` columns. The kept part of a block that is cut goes back to the window, decoded."""
+        block, sink = self.config.block_length, self.config.sink_length
+        tokens = (length - self.start).clamp(min=0)
+        behind = (tokens - self.exact.clamp(max=sink)).clamp(min=0)  # tokens kept behind the sinks
+        blocks = torch.minimum(behind // block, self.records.blocks)
+        cut = blocks < self.records.blocks
+        part = torch.where(cut, behind - blocks * block, 0)
+        if bool((part > 0).any()):
+            k, v = self._decode(blocks, part > 0)
+            for row, m in enumerate(part.tolist()):
+                self.k[row, :, sink : sink + m] = k[row, :, :m]
+                self.v[row, :, sink : sink + m] = v[row, :, :m]
+        self.exact = torch.where(cut, tokens.clamp(max=sink) + part, tokens - blocks * block)
+        self.start.clamp_(max=length)
+        if bool(cut.any()):
+            self.records.truncate(blocks)
+            self._drop_references()
+        self.length = length
+        self._recount()
+
+    def _decode(self, index: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block ``index[b]`` of the rows ``wanted``, decoded, [B, H, T, D]."""
+        batch, heads = self.k.shape[:2]
+        column = index.clamp(max=self.records.place.shape[2] - 1).view(-1, 1, 1).expand(-1, heads, 1)
+        place = self.records.place.gather(2, column).contiguous()
+        k = self.k.new_zeros(batch, heads, self.config.block_length, self.k.shape[3])
+        v = torch.zeros_like(k)
+        ops.unpack(self._core(place, wanted.to(torch.int64)), k, v, torch.zeros_like(index))
+        return k, v
+
+    def _drop_references(self) -> None:
+        """A row without blocks starts over with its key reference."""
+        if self.has_mu is not None:
+            self.has_mu[self.records.blocks == 0] = 0
+
+    @outside_autograd
+    def gather(self, rows: torch.Tensor) -> None:
+        """Keep these batch rows, in this order; a row may come several times and then shares its records."""
+        self.records.gather(rows)
+        for name in ("k", "v", "exact", "start", "mu", "has_mu"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, rows))
+        self.queries.gather(rows)
+        self._recount()
+
+    # ---- accounts --------------------------------------------------------------------------------------------------
+    @property
+    def place(self) -> torch.Tensor:
+        """int64 [B, H, blocks]: where each record lies."""
+        return self.records.place
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """int64 [B]: blocks of each row."""
+        return self.records.blocks
+
+    def record(self, row: int, head: int, block: int) -> bytes:
+        """The bytes of one record."""
+        return self.records.record(row, head, block)
+
+    def totals(self) -> StoreTotals:
+        """Bytes and elements, every live record counted once."""
+        codes = metadata = exact = 0
+        for record in self.records.records():
+            info = _core.inspect(record)
+            codes, metadata, exact = codes + info["code_bytes"], metadata + info["metadata_bytes"], exact + (info["kind"] == 1)
+        live, sizes = self.records.distinct()
+        block = 2 * self.config.block_length * self.k.shape[3]
+        tokens = int(self.exact.sum() + self.blocks.sum() * self.config.block_length)
+        elements = 2 * tokens * self.k.shape[1] * self.k.shape[3]
+        return StoreTotals(elements, int(sizes.sum()), codes, metadata, block * len(live), self.raised, exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held."""
+        table, queries = self.records, self.queries
+        tensors = [self.k, self.v, self.exact, self.start, self.mu, self.has_mu, queries.sum, queries.count]
+        return [t for t in [*tensors, table.place, table.blocks, *table.slabs] if t is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+
+def _rows(*columns: torch.Tensor) -> list[tuple[int, ...]]:
+    """One tuple of ints per batch row."""
+    return list(zip(*(c.tolist() for c in columns), strict=True))
