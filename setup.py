@@ -29,7 +29,7 @@ LIMITED_API, ABI_TAG = "0x030b0000", "cp311"
 TORCH_TARGET, TORCH_TARGET_MACRO = "2.10", "0x020a000000000000"
 WERROR = os.environ.get("MIXKVQ_WERROR") == "1"
 OBJECTS = Path("build/objects-werror" if WERROR else "build/objects")  # neither undoes the other
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "scalar": ["-fno-tree-slp-vectorize"]}  # kernels_<isa>.c
+ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]}  # kernels_<isa>.c; all x86-64
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + ["-Werror"] * WERROR
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
 FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math

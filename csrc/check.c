@@ -209,8 +209,7 @@ mkvq_status mkvq_inspect(const void *record, int64_t available, mkvq_record_info
     return MKVQ_OK;
 }
 
-/* All records of a history: inside their slab, of this head_dim; those coded against a reference need mu. Returns per row the same number of
- * tokens for every head. */
+/* All records of a history: whole, inside their slab, of this head_dim, as many tokens in every head; those coded against a reference need mu. */
 static mkvq_status check_history(const mkvq_history *h, mkvq_error *error)
 {
     REQUIRE(h, MKVQ_E_NULL, "history", 0, "an address");
@@ -229,15 +228,15 @@ static mkvq_status check_history(const mkvq_history *h, mkvq_error *error)
                 REQUIRE(place >= 0 && slab < h->slabs, MKVQ_E_SHAPE, "place", place, "an index of a slab and an offset in it");
                 REQUIRE(offset % 64 == 0 && offset + 64 <= h->slab_bytes[slab], MKVQ_E_SHAPE, "place", place,
                         "a multiple of 64 inside the slab");
-                mkvq_header head_of;
-                memcpy(&head_of, (const uint8_t *)(uintptr_t)h->slab_base[slab] + offset, sizeof head_of);
-                PASS(check_header(&head_of, h->slab_bytes[slab] - offset, error));
-                REQUIRE(head_of.head_dim == h->head_dim, MKVQ_E_RECORD, "record head_dim", head_of.head_dim, "that of the history");
-                REQUIRE(head_of.kind == MKVQ_KIND_EXACT || !(head_of.flags & MKVQ_FLAG_REFERENCE) || h->mu, MKVQ_E_NULL, "mu", 0,
+                mkvq_layout l;
+                PASS(check_record((const uint8_t *)(uintptr_t)h->slab_base[slab] + offset, h->slab_bytes[slab] - offset, &l,
+                                  error));
+                REQUIRE(l.head.head_dim == h->head_dim, MKVQ_E_RECORD, "record head_dim", l.head.head_dim, "that of the history");
+                REQUIRE(l.head.kind == MKVQ_KIND_EXACT || !(l.head.flags & MKVQ_FLAG_REFERENCE) || h->mu, MKVQ_E_NULL, "mu", 0,
                         "given: a record is coded against it");
-                REQUIRE(head == 0 || head_of.tokens == tokens, MKVQ_E_RECORD, "record tokens", head_of.tokens,
+                REQUIRE(head == 0 || l.head.tokens == tokens, MKVQ_E_RECORD, "record tokens", l.head.tokens,
                         "the same in every head of a block");
-                tokens = head_of.tokens;
+                tokens = l.head.tokens;
             }
         }
     }

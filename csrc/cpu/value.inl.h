@@ -36,10 +36,10 @@ static inline __attribute__((always_inline)) void value_rows(vf *acc, const uint
 {
     for (int t = 0; t < n; words += dim) {
         const vi word = vi_load(words);
-#pragma GCC unroll 32
+        MKVQ_UNROLL(32)
         for (int i = 0; i < 32 / bits; i++, t++) {
             const vf code = vf_from_vi(vi_and1(vi_shr(word, bits == 1 ? mkvq_one_bit(i) : bits * i), (1u << bits) - 1));
-#pragma GCC unroll 8
+            MKVQ_UNROLL(8)
             for (int r = 0; r < rows; r++)
                 acc[r] = vf_fma(code, vf_set1(w->folded[r][t]), acc[r]);
         }

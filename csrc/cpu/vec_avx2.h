@@ -8,6 +8,10 @@
 #define MKVQ_ISA_NAME "avx2"
 #define MKVQ_ISA_TABLE mkvq_kernels_avx2
 
+/* accumulators stay in registers only where loops over them are unrolled */
+#define MKVQ_PRAGMA(text) _Pragma(#text)
+#define MKVQ_UNROLL(n) MKVQ_PRAGMA(GCC unroll n)
+
 typedef __m256 vf;
 typedef __m256i vi;
 

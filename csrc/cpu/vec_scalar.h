@@ -10,6 +10,9 @@
 #define MKVQ_ISA_NAME "scalar"
 #define MKVQ_ISA_TABLE mkvq_kernels_scalar
 
+/* unrolling plain loops over lanes only costs compile time */
+#define MKVQ_UNROLL(n)
+
 typedef struct {
     float lane[8];
 } vf;
