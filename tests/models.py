@@ -1,0 +1,133 @@
+"""Tiny random language models of many families, and how the cache tests run them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+from mixkvq import MixKVQCache
+
+torch.set_num_threads(1)  # models this small lose by more
+
+VOCABULARY = 97
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.3,  # logits that differ by far more than rounding
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_GPTJ = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "rotary_dim": 8}
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _SHAPE),
+    "qwen2": ("Qwen2", _SHAPE),
+    "qwen3": ("Qwen3", _SHAPE),
+    "phi3": ("Phi3", _SHAPE),
+    "mistral": ("Mistral", {**_SHAPE, "sliding_window": 48}),
+    "gemma2": ("Gemma2", {**_SHAPE, "sliding_window": 48, "query_pre_attn_scalar": 16}),
+    "gpt_oss": ("GptOss", {**_SHAPE, "sliding_window": 48, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gptj": ("GPTJ", {**_GPTJ, "initializer_range": 0.3}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**_SHAPE, **_MLA, **_MOE, "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
+    ),
+    "qwen3_next": ("Qwen3Next", {**_SHAPE, **_EXPERTS, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]}),
+}
+
+
+@lru_cache(maxsize=32)
+def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a family, in eval mode; the same object for the same arguments."""
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**fields, **_TOKENS, **changes})
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+
+
+def prompts(lengths: Sequence[int], seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random prompts of these lengths, padded on the left to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(2, VOCABULARY, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) >= width - torch.tensor(list(lengths)).view(-1, 1)
+    return {"input_ids": torch.where(mask, ids, 0), "attention_mask": mask.long()}
+
+
+def lossless(block: int = 32, **fields: Any) -> MixKVQCache:
+    """The lossless preset with short blocks, so that short prompts are packed."""
+    return MixKVQCache("lossless", block_length=block, residual_length=block, **fields)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, new_tokens: int, **options: Any) -> Any:
+    """``model.generate`` without sampling, with all logits."""
+    return model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **options,
+    )
+
+
+def assert_same_tokens(expected: Any, got: Any, tolerance: float = 1e-5) -> None:
+    """The same tokens, or at a row's first difference two logits (beams: scores) that are a tie within ``tolerance`` of their range."""
+    if torch.equal(expected.sequences, got.sequences):
+        return
+    first_logit = expected.sequences.shape[1] - len(expected.logits)
+    for row in range(len(expected.sequences)):
+        wrong = (expected.sequences[row] != got.sequences[row]).nonzero()
+        if not len(wrong):
+            continue
+        if getattr(expected, "sequences_scores", None) is not None:
+            span = float(expected.logits[0].max() - expected.logits[0].min())
+            gap = abs(float(expected.sequences_scores[row] - got.sequences_scores[row]))
+        else:
+            step = int(wrong[0])
+            logits = expected.logits[step - first_logit][row]
+            span = float(logits.max() - logits.min())
+            gap = abs(float(logits[expected.sequences[row, step]] - logits[got.sequences[row, step]]))
+        assert gap <= tolerance * span, f"row {row}: other tokens, and no tie: {gap} of {span}"
+
+
+def forward(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """Logits of one forward pass without gradients; the cache grows."""
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options).logits
+
+
+def dense_copy(cache: MixKVQCache, config: Any = None) -> DynamicCache:
+    """A `DynamicCache` with the decoded keys and values of a cache of growing layers."""
+    copied = DynamicCache(config=config) if config is not None else DynamicCache()
+    for index, layer in enumerate(copy.deepcopy(cache).layers):
+        copied.update(layer.keys, layer.values, index)
+    return copied
+
+
+def paths(cache: MixKVQCache) -> list[str]:
+    """Path of every layer."""
+    return [layer.path for layer in cache.report().layers]
+
+
+def relative_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of two sets of logits, in units of their range."""
+    return float((a - b).abs().max() / (b.max() - b.min()))
