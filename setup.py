@@ -103,7 +103,7 @@ def extensions():
     built = [("MKVQ_BUILT_TORCH", f'"{torch[1]}"'), ("MKVQ_TORCH_TARGET", f'"{TORCH_TARGET}"')] if torch else []
     sources = sorted(str(path) for folder in ("csrc", "csrc/cpu", "csrc/bind") for path in Path(folder).glob("*.c"))
     if "x86_64" not in sysconfig.get_platform():
-        sources = [source for source in sources if isa_of(source) != "avx2"]
+        sources = [source for source in sources if isa_of(source) not in ISA_FLAGS]
     core = Extension("mixkvq._core", sources, include_dirs=["csrc", numpy.get_include()], define_macros=macros + built)
     if not torch:
         return [core]
@@ -141,7 +141,7 @@ def run(command, target, inputs):
     made = target.stat().st_mtime_ns if target.exists() and note.exists() and note.read_text() == line else 0
     if made and all(os.path.exists(path) and os.stat(path).st_mtime_ns <= made for path in inputs):
         return
-    print(line, flush=True)
+    print(line + "\n", end="", flush=True)  # in one piece: compilers run side by side
     target.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
     subprocess.run(command, check=True)
