@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _core
 from .arrays import codec_of_numbers
+from .install import reinstall_line
 
 
 def _load() -> str | None:
@@ -51,8 +52,7 @@ def compiling() -> bool:
         return False
     if PROBLEM is not None:
         raise RuntimeError(
-            f"torch.compile needs mixkvq._torch, and {PROBLEM}. Build it beside the installed torch with: "
-            "pip install --force-reinstall --no-deps --no-cache-dir mixkvq"
+            f"torch.compile needs mixkvq._torch, and {PROBLEM}. Build it beside the installed torch: {reinstall_line()}"
         )
     return True
 

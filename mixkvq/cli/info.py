@@ -8,12 +8,12 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..install import reinstall_line
 from ..version import __version__
 
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CC", "CXX", "CFLAGS")
@@ -42,15 +42,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def reinstall_line() -> str:
-    """The pip line that builds the package again: from where it came (PEP 610), or else from the package index."""
-    source = "mixkvq"
-    with suppress(metadata.PackageNotFoundError, ValueError):
-        origin = json.loads(metadata.distribution("mixkvq").read_text("direct_url.json") or "{}")
-        source = str(origin.get("url", source)).removeprefix("file://")
-    return f"pip install --force-reinstall --no-deps --no-cache-dir {source}"
 
 
 def _core() -> dict[str, Any]:
