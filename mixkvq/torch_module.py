@@ -42,6 +42,8 @@ def _install_pool() -> bool:
 PROBLEM: str | None = _load()
 """Why `mixkvq._torch` cannot be used, or None."""
 
+_REINSTALL = reinstall_line()  # made here: what raises in a traced function must not call anything
+
 PARALLEL: bool = PROBLEM is None or _install_pool()
 """Whether the core's loops run in torch's intra-op pool; else in the calling thread."""
 
@@ -52,7 +54,7 @@ def compiling() -> bool:
         return False
     if PROBLEM is not None:
         raise RuntimeError(
-            f"torch.compile needs mixkvq._torch, and {PROBLEM}. Build it beside the installed torch: {reinstall_line()}"
+            f"torch.compile needs mixkvq._torch, and {PROBLEM}. Build it beside the installed torch: {_REINSTALL}"
         )
     return True
 
