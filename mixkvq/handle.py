@@ -31,7 +31,8 @@ class PackedHandle(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer: MixKVQLayer, which: int, shape: tuple[int, ...]) -> PackedHandle:
-        self: PackedHandle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
+        dtype = layer.states[which].dtype
+        self: PackedHandle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
         self.layer, self.which, self.epoch = layer, which, layer.epoch
         return self
 
@@ -50,10 +51,12 @@ class PackedHandle(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise RuntimeError(f"{func} writes into the keys or values of a packed MixKVQCache, which are read-only")
-        args, kwargs = tree_map_only(cls, cls.decode, (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, cls.decode, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

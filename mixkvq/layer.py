@@ -93,6 +93,7 @@ class MixKVQLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Take over dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._dtypes = self.dtype, self.dtype if value_states is None else value_states.dtype
         self.is_initialized = True
 
     def get_seq_length(self, *_: Any) -> int:
@@ -143,7 +144,8 @@ class MixKVQLayer(DynamicLayer):
         if self.store is None:
             return self._update_plain(key_states, value_states)
         self.store.flush(self._margin)
-        if self.store.append(key_states, value_states):
+        dtype = self.store.k.dtype
+        if self.store.append(key_states.to(dtype), value_states.to(dtype)):
             self._account()
         if self.mode == DEQUANTIZED:
             return self.decode()
@@ -164,13 +166,13 @@ class MixKVQLayer(DynamicLayer):
         """Refuse tokens that do not fit to those cached before."""
         if not self.length:
             return
-        have = self.states
-        for name, new, old in zip(("key_states", "value_states"), (key, value), have, strict=True):
+        names = "key_states", "value_states"
+        for name, new, old, dtype in zip(names, (key, value), self.states, self._dtypes, strict=True):
             if (new.shape[:-2], new.shape[-1]) != (old.shape[:-2], old.shape[-1]):
                 want = ", ".join(map(str, [*old.shape[:-2], "n", old.shape[-1]]))
                 raise ValueError(f"{name} has shape {list(new.shape)}, must be [{want}] as the tokens cached before")
-            if new.dtype != old.dtype or new.device != old.device:
-                raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {old.dtype} on {old.device} as cached before")
+            if new.dtype != dtype or new.device != old.device:
+                raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {dtype} on {old.device} as cached before")
 
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,18 +190,16 @@ class MixKVQLayer(DynamicLayer):
             return None
         if key.dim() != 4 or key.shape != value.shape:
             return f"keys {list(key.shape)} and values {list(value.shape)} differ in shape, as latent (MLA) attention does"
-        if key.dtype != value.dtype:
-            return f"keys are {key.dtype}, values {value.dtype}"
         if key.device.type != "cpu":
             return f"no packed kernels for {key.device}"
         try:
-            self._codec(key)
+            self._codec(key, _common_dtype(key, value))
         except ValueError as error:
             return f"no packed kernels: {error}"
         return None
 
-    def _codec(self, key: torch.Tensor) -> BlockCodec:
-        return self.mixkvq_config.codec(key.shape[-1], _DTYPES.get(key.dtype, str(key.dtype).removeprefix("torch.")))
+    def _codec(self, key: torch.Tensor, dtype: torch.dtype) -> BlockCodec:
+        return self.mixkvq_config.codec(key.shape[-1], _DTYPES.get(dtype, str(dtype).removeprefix("torch.")))
 
     # ---- choosing the path -----------------------------------------------------------------------------------------
     def ready(self) -> bool:
@@ -282,7 +282,9 @@ class MixKVQLayer(DynamicLayer):
     def _begin(self) -> None:
         k, v = self.states
         start = torch.zeros(k.shape[0], dtype=torch.int64) if self._start is None else self._start
-        self.store = PackedStore.begin(self.mixkvq_config, self._codec(k), k, v, start, self.queries, self._margin)
+        dtype = _common_dtype(k, v)
+        codec = self._codec(k, dtype)
+        self.store = PackedStore.begin(self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin)
         self._k = self._v = self._start = None
         self._account()
 
@@ -440,6 +442,11 @@ class MixKVQLayer(DynamicLayer):
         return LayerReport(
             index, self.path, self.reason, self.length, nbytes, dequantizations=self.dequantizations, **totals._asdict()
         )
+
+
+def _common_dtype(key: torch.Tensor, value: torch.Tensor) -> torch.dtype:
+    """Autocast gives float32 keys and 16-bit values, and computes attention with both in 16 bits."""
+    return min(key.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

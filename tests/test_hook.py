@@ -1,0 +1,368 @@
+"""The attention hook: what it recognises, what it proves, when it steps aside."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import dense_copy, forward, generate, lossless, paths, prompts, relative_gap, tiny
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+import mixkvq
+from mixkvq import MixKVQCache, hook
+
+HEADS, QUERY_HEADS, DIM = 2, 4, 16
+
+
+class Module(torch.nn.Module):
+    """What an attention function asks of its module."""
+
+    num_key_value_groups = QUERY_HEADS // HEADS
+    is_causal = True
+    config = None
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+    """Eager attention with everything the kernel knows."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else scores + attention_mask
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Layer:
+    """One attention layer without a model around it."""
+
+    def __init__(self, cache, function=attention, batch=1, seed=0):
+        self.cache, self.function, self.batch = cache, function, batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keys = self.values = torch.zeros(batch, HEADS, 0, DIM)
+
+    def draw(self, heads, n):
+        return torch.randn(self.batch, n, heads, DIM, generator=self.generator).transpose(1, 2)
+
+    def step(self, n=1, mask=None, **arguments):
+        """(what the hooked call gives, what the function gives on all exact keys)."""
+        query, key, value = self.draw(QUERY_HEADS, n), self.draw(HEADS, n), self.draw(HEADS, n)
+        self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+        arguments = {"scaling": DIM**-0.5, "dropout": 0.0, **arguments}
+        given = self.cache.update(key, value, 0)
+        found = ALL_ATTENTION_FUNCTIONS.get_interface("eager", self.function)
+        with torch.no_grad():
+            got = found(Module(), query, *given, mask, **arguments)
+            want = self.function(Module(), query, self.keys, self.values, mask, **arguments)
+        return got[0], want[0]
+
+
+def check(layer, steps=40, **arguments):
+    for _ in range(steps):
+        got, want = layer.step(**arguments)
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ---- the proof -----------------------------------------------------------------------------------------------------
+SINKS = torch.linspace(-1, 3, QUERY_HEADS)
+
+
+@pytest.mark.parametrize(
+    "arguments, variant",
+    [({}, (False, False)), ({"softcap": 2.0}, (True, False)), ({"s_aux": SINKS}, (False, True)), ({"softcap": 2.0, "s_aux": SINKS}, (True, True))],
+)
+def test_what_the_function_computes_is_found_out(quiet, arguments, variant):
+    layer = Layer(lossless())
+    check(layer, 100, **arguments)
+    mine = layer.cache.layers[0]
+    assert mine.path == "packed" and (mine.proof.softcap, mine.proof.sinks) == variant
+    assert mine.store.blocks.tolist() == [3] and mine.dequantizations == 0
+
+
+def test_an_ignored_argument_is_found_out(quiet):
+    """As sdpa of transformers 5.17 does with gemma's softcap."""
+
+    def deaf(module, query, key, value, attention_mask, softcap=None, s_aux=None, **arguments):
+        return attention(module, query, key, value, attention_mask, **arguments)
+
+    layer = Layer(lossless(), deaf)
+    check(layer, 80, softcap=2.0, s_aux=SINKS)
+    assert layer.cache.layers[0].path == "packed" and not layer.cache.layers[0].proof.softcap
+
+
+def twice_the_scale(*args, scaling=None, **kwargs):
+    return attention(*args, scaling=2 * scaling, **kwargs)
+
+
+def no_mask(module, query, key, value, attention_mask, **kwargs):
+    return attention(module, query, key, value, None, **kwargs)
+
+
+def a_bias(module, query, key, value, attention_mask, **kwargs):
+    return attention(module, query, key, value, torch.linspace(0, 1, key.shape[2]), **kwargs)
+
+
+def other_layout(*args, **kwargs):
+    return attention(*args, **kwargs)[0].transpose(1, 2), None
+
+
+@pytest.mark.parametrize("function", [twice_the_scale, no_mask, a_bias])
+def test_other_attention_is_not_packed_but_right(function):
+    layer = Layer(lossless(), function)
+    masked = function is no_mask
+    with pytest.warns(UserWarning, match="decoded in every step"):
+        for n in range(1, 100):
+            mask = (torch.arange(n) % 2 == 0).view(1, 1, 1, n) if masked else None
+            got, want = layer.step(mask=mask)
+            assert torch.allclose(got, want, atol=1e-5)
+    mine = layer.cache.layers[0]
+    assert mine.path == "dequantized" and function.__name__ in mine.reason and mine.store.blocks.tolist() == [3]
+
+
+def test_another_layout_is_not_packed():
+    layer = Layer(lossless(), other_layout)
+    with pytest.warns(UserWarning, match="layout"):
+        for _ in range(50):
+            got, want = layer.step()
+            assert torch.allclose(got, want, atol=1e-5)
+    assert layer.cache.layers[0].path == "dequantized"
+
+
+def test_an_unknown_tensor_argument_is_not_packed():
+    layer = Layer(lossless())
+    with pytest.warns(UserWarning, match="position_bias"):
+        check(layer, 50, position_bias=torch.zeros(1))
+    assert layer.cache.layers[0].path == "dequantized"
+
+
+def test_nothing_is_proved_on_fully_masked_rows(quiet):
+    """A row whose last query sees nothing tells nothing; with such rows only, the layer waits."""
+    layer = Layer(lossless(), batch=1)
+    mask = torch.ones(1, 1, 50, 50, dtype=torch.bool).tril()
+    mask[:, :, -1] = False
+    layer.step(50, mask)
+    assert layer.cache.layers[0].mode == "plain"
+    layer.step(1, torch.ones(1, 1, 1, 51, dtype=torch.bool))
+    assert layer.cache.layers[0].mode == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_sixteen_bit_models_are_packed(quiet, dtype, implementation):
+    """Large scores: eager attention in 16 bits is far from exact there, the tolerance must follow."""
+    model = tiny("qwen2", implementation, dtype, initializer_range=0.6)
+    cache = lossless()
+    generate(model, prompts([100, 60]), cache, 8)
+    assert paths(cache) == ["packed", "packed"]
+    assert all(layer.dequantizations == 0 for layer in cache.layers)
+
+
+def test_a_twice_too_large_scale_is_found_out_in_sixteen_bits():
+    layer = Layer(lossless(), twice_the_scale)
+    layer.draw = lambda heads, n: torch.randn(1, heads, n, DIM, generator=layer.generator).bfloat16()
+    layer.keys = layer.values = torch.zeros(1, HEADS, 0, DIM).bfloat16()
+    with pytest.warns(UserWarning, match="twice_the_scale"):
+        layer.step(64, torch.ones(1, 1, 64, 64, dtype=torch.bool).tril())
+
+
+# ---- calls on a packed layer ---------------------------------------------------------------------------------------
+def packed_layer(**arguments):
+    layer = Layer(lossless())
+    check(layer, 60, **arguments)
+    assert layer.cache.layers[0].path == "packed"
+    return layer
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 200])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_queries_of_any_length_with_a_mask_are_packed(quiet, n, dtype):
+    layer = packed_layer()
+    mask = torch.ones(1, 1, n, 60 + n, dtype=torch.bool).tril(60)
+    if dtype == torch.float32:
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+    got, want = layer.step(n, mask)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert layer.cache.layers[0].dequantizations == 0
+
+
+@pytest.mark.parametrize(
+    "n, arguments, reason",
+    [
+        (2, {}, "2 queries without a mask"),
+        (1, {"dropout": 1e-9}, "dropout"),
+        (1, {"output_attentions": True}, "weights"),
+        (1, {"softcap": 50.0}, "softcap given"),
+        (1, {"position_bias": torch.zeros(1)}, "position_bias"),
+        (1, {"sliding_window": 30}, "sliding_window"),
+    ],
+)
+def test_a_call_that_the_kernel_cannot_serve_is_decoded_with_one_warning(n, arguments, reason):
+    layer = packed_layer()
+    with pytest.warns(UserWarning, match=reason) as caught:
+        for times in (1, 2):
+            got, want = layer.step(n, **arguments)
+            assert torch.allclose(got, want, atol=1e-5)
+            assert layer.cache.layers[0].dequantizations == times
+    assert len(caught) == 1
+    check(layer, 5)
+    assert layer.cache.layers[0].dequantizations == 2, "and goes on packed"
+
+
+def test_another_function_than_the_proved_one_is_not_replaced():
+    layer = packed_layer()
+    layer.function = twice_the_scale
+    with pytest.warns(UserWarning, match="not proved"):
+        check(layer, 3)
+
+
+def test_queries_with_gradients_get_decoded_keys():
+    layer = packed_layer()
+    key, value = layer.draw(HEADS, 1), layer.draw(HEADS, 1)
+    query = layer.draw(QUERY_HEADS, 1).requires_grad_()
+    given = layer.cache.update(key, value, 0)
+    with pytest.warns(UserWarning, match="gradients"):
+        output = ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), query, *given, None, scaling=0.25)[0]
+    output.sum().backward()
+    assert query.grad.isfinite().all()
+
+
+# ---- handles -------------------------------------------------------------------------------------------------------
+def test_a_handle_computes_as_what_it_stands_for():
+    layer = packed_layer()
+    key = layer.draw(HEADS, 1)
+    keys, values = layer.cache.update(key, key, 0)
+    want = torch.cat([layer.keys, key], 2)
+    assert keys.shape == values.shape == want.shape and keys.dtype == want.dtype
+    assert torch.equal(keys.transpose(2, 3) @ want, want.transpose(2, 3) @ want)
+    assert torch.equal(torch.cat([values, want], 0)[0], torch.cat([layer.values, key], 2)[0])
+    assert torch.equal(keys[:, 0, 3:5], want[:, 0, 3:5]) and torch.equal(keys.clone(), want)
+    assert "PackedHandle" in repr(keys)
+    assert layer.cache.report().layers[0].dequantizations == 4
+
+
+def test_a_handle_cannot_be_written_and_goes_stale():
+    layer = packed_layer()
+    keys, _ = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
+    for write in (lambda: keys.zero_(), lambda: keys.copy_(torch.zeros(())), lambda: torch.add(keys, 1, out=keys)):
+        with pytest.raises(RuntimeError, match="read-only"):
+            write()
+    for change in (
+        lambda: layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0),
+        lambda: layer.cache.reorder_cache(torch.tensor([0])),
+        lambda: layer.cache.crop(-1),
+        lambda: layer.cache.reset(),
+    ):
+        change()
+        with pytest.raises(RuntimeError, match="stale"):
+            keys + 1
+        if layer.cache.layers:
+            keys, _ = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
+
+
+def test_a_stale_handle_is_refused_by_the_kernel_too():
+    layer = packed_layer()
+    given = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
+    layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
+    with pytest.raises(RuntimeError, match="stale"):
+        ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0)
+
+
+# ---- installing ----------------------------------------------------------------------------------------------------
+def test_installing_twice_and_taking_out():
+    MixKVQCache()
+    hooked = AttentionInterface.get_interface
+    mixkvq.install()
+    assert AttentionInterface.get_interface is hooked
+    try:
+        mixkvq.uninstall()
+        assert AttentionInterface.get_interface is not hooked
+        mixkvq.uninstall()
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention) is attention
+    finally:
+        mixkvq.install()
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention).__wrapped__ is attention
+
+
+def test_without_the_hook_everything_is_decoded_and_right():
+    model, inputs = tiny("llama"), prompts([70, 50])
+    want = generate(model, inputs, DynamicCache(), 20)
+    for late in (False, True):
+        cache = lossless()
+        if late:
+            half = generate(model, inputs, cache, 3)
+            assert paths(cache) == ["packed", "packed"]
+            grown = {"input_ids": half.sequences, "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)}
+        try:
+            mixkvq.uninstall()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got = generate(model, grown if late else inputs, cache, 17 if late else 20)
+        finally:
+            mixkvq.install()
+        assert torch.equal(got.sequences, want.sequences)
+        assert all(layer.dequantizations > 0 for layer in cache.layers)
+
+
+def test_the_environment_can_forbid_the_hook(monkeypatch):
+    try:
+        mixkvq.uninstall()
+        before = AttentionInterface.get_interface
+        monkeypatch.setenv("MIXKVQ_HOOK", "off")
+        MixKVQCache()
+        assert AttentionInterface.get_interface is before
+    finally:
+        monkeypatch.delenv("MIXKVQ_HOOK")
+        mixkvq.install()
+    assert AttentionInterface.get_interface is not before
+
+
+def test_models_with_another_cache_are_not_touched():
+    model, inputs = tiny("llama"), prompts([60])
+    MixKVQCache()
+    hooked = generate(model, inputs, DynamicCache(), 10)
+    try:
+        mixkvq.uninstall()
+        plain = generate(model, inputs, DynamicCache(), 10)
+    finally:
+        mixkvq.install()
+    assert all(torch.equal(a, b) for a, b in zip(hooked.logits, plain.logits, strict=True))
+
+
+def test_below_the_window_logits_are_bit_identical():
+    model, inputs = tiny("qwen3"), prompts([20, 9])
+    want, got = (generate(model, inputs, cache, 12) for cache in (DynamicCache(), MixKVQCache()))
+    assert all(torch.equal(a, b) for a, b in zip(want.logits, got.logits, strict=True))
+
+
+def test_a_copied_layer_does_not_talk_to_the_old_cache():
+    model = tiny("llama")
+    ids = prompts([40])["input_ids"]
+    cache = lossless()
+    forward(model, cache, ids[:, :20])
+    other = copy.deepcopy(cache)
+    forward(model, other, ids[:, 20:])
+    assert cache.get_seq_length() == 20 and paths(cache) == ["native", "native"]
+    assert other.get_seq_length() == 40 and paths(other) == ["packed", "packed"]
+    dense, step = dense_copy(other), ids[:, :1]
+    assert relative_gap(forward(model, other, step), forward(model, dense, step)) < 1e-5
+
+
+def test_tags_do_not_reach_the_state():
+    model = tiny("llama")
+    cache = MixKVQCache()
+    forward(model, cache, prompts([20])["input_ids"])
+    forward(model, cache, prompts([1])["input_ids"])
+    assert not any(hasattr(t, hook.TAG) for layer in cache.layers for t in layer.tensors())
