@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _core
 from .arrays import codec_of_numbers
-from .install import reinstall_line
+from .origin import reinstall_line
 
 
 def _load() -> str | None:

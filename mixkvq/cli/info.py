@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..install import reinstall_line
+from ..origin import reinstall_line
 from ..version import __version__
 
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CC", "CXX", "CFLAGS")
