@@ -1,0 +1,230 @@
+"""crop, reorder, select, repeat, copies: on packed, quantized data, as on the dense tensors that it decodes to."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from models import dense_copy, forward, generate, lossless, prompts, relative_gap, tiny
+from transformers import DynamicCache, EncoderDecoderCache
+
+from mixkvq import MixKVQCache
+
+FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4}
+PRESETS = ["default", "kivi-2"]
+LENGTHS = [150, 110, 77]
+
+
+def filled(preset: str = "default", lengths=LENGTHS, extra: int = 5):
+    """A packed cache after a padded prompt and some steps, and the mask so far."""
+    model, inputs = tiny("llama"), prompts(lengths)
+    cache, mask = MixKVQCache(preset, **FIELDS), inputs["attention_mask"]
+    forward(model, cache, inputs["input_ids"], mask)
+    for step in range(extra):
+        mask = torch.cat([mask, torch.ones(len(lengths), 1, dtype=torch.long)], 1)
+        forward(model, cache, torch.full((len(lengths), 1), step + 2), mask)
+    assert all(int(layer.store.blocks.min()) >= 1 for layer in cache.layers)
+    return cache, mask
+
+
+def assert_equal_step(cache: MixKVQCache, mask: torch.Tensor) -> None:
+    """The next step over packed records equals the next step over what they decode to."""
+    dense, model, batch = dense_copy(cache), tiny("llama"), mask.shape[0]
+    mask = torch.cat([mask, torch.ones(batch, 1, dtype=torch.long)], 1)
+    ids = torch.arange(2, 2 + batch).view(-1, 1)
+    before = [layer.dequantizations for layer in cache.layers]
+    assert relative_gap(forward(model, cache, ids, mask), forward(model, dense, ids, mask)) < 1e-5
+    assert [layer.dequantizations for layer in cache.layers] == before, "nothing was decoded for it"
+
+
+def decoded(cache: MixKVQCache) -> list[torch.Tensor]:
+    return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_packed_step_equals_a_step_over_the_decoded_tensors(preset):
+    assert_equal_step(*filled(preset))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("remove", [1, 3, 20, 33, 60, 79, 90, 118, 130, 149, 152, 154])
+def test_crop(preset, remove):
+    cache, mask = filled(preset)
+    before, keep = decoded(cache), 155 - remove
+    cache.crop(-remove)
+    assert cache.get_seq_length() == keep
+    assert all(torch.equal(has, had[:, :, :keep]) for has, had in zip(decoded(cache), before, strict=True))
+    mask = mask[:, :keep]
+    assert_equal_step(cache, mask)
+    mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    for step in range(70):  # new blocks are packed behind the cut
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+        forward(tiny("llama"), cache, torch.full((3, 1), step + 2), mask)
+    assert_equal_step(cache, mask)
+    cache.crop(-70)
+    assert_equal_step(cache, mask[:, :-70])
+
+
+def test_crop_of_everything_and_of_nothing():
+    cache, mask = filled()
+    before = decoded(cache)
+    cache.crop(0)
+    assert all(torch.equal(a, b) for a, b in zip(decoded(cache), before, strict=True))
+    cache.crop(torch.tensor(-5))
+    assert cache.get_seq_length() == 150
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+    assert cache.get_seq_length() == 150
+    cache.crop(-1000)
+    assert cache.get_seq_length() == 0 and cache.report().nbytes == 0
+    model, inputs = tiny("llama"), prompts([90, 60])
+    want, got = (generate(model, inputs, c, 8) for c in (DynamicCache(), cache))
+    assert torch.equal(want.logits[0], got.logits[0]), "another batch size may follow"
+
+
+def test_crop_of_a_plain_cache():
+    model, inputs = tiny("llama"), prompts([20, 9])
+    cache, expected = lossless(), DynamicCache()
+    for c in (cache, expected):
+        forward(model, c, inputs["input_ids"], inputs["attention_mask"])
+        c.crop(-13)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for layer in cache.layers for t in layer.tensors()), "memory is freed"
+    ids = torch.full((2, 60), 5)
+    a, b = (forward(model, c, ids, torch.ones(2, 67, dtype=torch.long)) for c in (expected, cache))
+    assert relative_gap(b, a) < 1e-5 and cache.layers[0].store.start.tolist() == [0, 0]
+
+
+OPERATIONS = {
+    "reorder": (lambda c: c.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),
+    "select tensor": (lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    "select list": (lambda c: c.batch_select_indices([1]), [1]),
+    "select mask": (lambda c: c.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rows_move(preset, name):
+    operation, rows = OPERATIONS[name]
+    cache, mask = filled(preset)
+    before = decoded(cache)
+    statistics = [layer.queries.sum for layer in cache.layers]
+    operation(cache)
+    assert all(torch.equal(has, had[rows]) for has, had in zip(decoded(cache), before, strict=True))
+    for layer, had in zip(cache.layers, statistics, strict=True):
+        assert had is None or torch.equal(layer.queries.sum, had[rows])
+    assert_equal_step(cache, mask[rows])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rows_of_a_plain_cache_move(name):
+    operation, rows = OPERATIONS[name]
+    model, inputs = tiny("llama"), prompts([20, 12, 5])
+    cache, expected = MixKVQCache(**FIELDS), DynamicCache()
+    for c in (cache, expected):
+        forward(model, c, inputs["input_ids"], inputs["attention_mask"])
+        operation(c)
+    mask = torch.cat([inputs["attention_mask"][rows], torch.ones(len(rows), 40, dtype=torch.long)], 1)
+    a, b = (forward(model, c, torch.full((len(rows), 40), 7), mask) for c in (expected, cache))
+    assert torch.equal(a, b)
+    assert cache.layers[0].store.start.tolist() == [[0, 8, 15][r] for r in rows]
+    assert_equal_step(cache, mask)
+
+
+def test_repeated_rows_share_records():
+    cache, _ = filled()
+    before = cache.report()
+    cache.batch_repeat_interleave(10)
+    after = cache.report()
+    assert [a.record_bytes for a in after.layers] == [b.record_bytes for b in before.layers]
+    assert after.true_bits == before.true_bits and after.effective_bits < before.effective_bits
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([0, 3]), torch.tensor([-4, 0])])
+def test_rows_that_do_not_exist_are_refused(wrong):
+    cache, mask = filled()
+    before = decoded(cache)
+    for operation in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(IndexError):
+            operation(wrong)
+    assert all(torch.equal(a, b) for a, b in zip(decoded(cache), before, strict=True))
+    assert_equal_step(cache, mask)
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_copies_are_equal_and_independent(preset, how):
+    cache, mask = filled(preset)
+    other, before = how(cache), decoded(cache)
+    assert all(torch.equal(a, b) for a, b in zip(decoded(other), before, strict=True))
+    assert str(other.report()).splitlines()[1:3] != [] and other.report().true_bits == cache.report().true_bits
+    assert_equal_step(other, mask)
+    other.crop(-100)
+    other.reset()
+    assert all(torch.equal(a, b) for a, b in zip(decoded(cache), before, strict=True))
+    peak = cache.report().peak_nbytes
+    forward(tiny("llama"), other, torch.full((1, 500), 3))
+    assert cache.report().peak_nbytes == peak, "accounts are apart"
+    assert_equal_step(cache, mask)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+def test_copies_of_an_empty_cache(how):
+    cache = how(MixKVQCache("compact", sink_length=8))
+    assert cache.mixkvq_config.sink_length == 8
+    forward(tiny("llama"), cache, prompts([200])["input_ids"])
+    assert cache.report().layers[0].path == "packed"
+
+
+def test_no_reference_cycles():
+    """Without the garbage collector the memory is free as soon as the last name is."""
+    model = tiny("llama")
+    generate(model, prompts([40]), lossless(), 2)  # whatever is made once is made
+    gc.collect()
+    gc.disable()
+    try:
+        cache = lossless()
+        generate(model, prompts([60, 40]), cache, 40, num_beams=2)
+        cache.crop(-3)
+        cache.report()
+        held = [weakref.ref(x) for x in (cache, cache.layers[0], cache.layers[1].store, cache.layers[0].store.records.slabs[0])]
+        del cache
+        assert [ref() for ref in held] == [None] * 4
+    finally:
+        gc.enable()
+
+
+# ---- from outside --------------------------------------------------------------------------------------------------
+def test_iterating_gives_decoded_tensors():
+    cache, _ = filled()
+    for (keys, values, *_), layer in zip(cache, cache.layers, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+
+
+def test_assigned_tensors_are_taken_over():
+    cache, mask = filled()
+    for layer in cache.layers:
+        keys, values = layer.keys * 2, layer.values
+        layer.keys = keys
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        assert layer.path == "native" and "assigned" in layer.reason
+    dense = dense_copy(cache)
+    mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    a, b = (forward(tiny("llama"), c, torch.full((3, 1), 9), mask) for c in (dense, cache))
+    assert torch.equal(a, b)
+    assert cache.layers[0].path == "packed", "and packed again"
+
+
+def test_in_an_encoder_decoder_cache():
+    pair = EncoderDecoderCache(MixKVQCache(), DynamicCache())
+    k = torch.randn(1, 2, 20, 16)
+    pair.self_attention_cache.update(k, k, 0)
+    pair.reorder_cache(torch.tensor([0]))
+    pair.crop(-5)
+    assert pair.get_seq_length() == 15 and not pair.is_compileable
