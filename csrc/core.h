@@ -1,6 +1,8 @@
-/* core.h - inside of the core: the kernel table that an instruction set fills, and the units of work that kernels take.
+/* core.h - inside of the core: the kernel table that an instruction set fills, and the units of
+ * work that kernels take.
  *
- * A unit is what one thread does on its own: one row and head of a pack, one tile of query rows of an attention. Arguments have been checked. */
+ * A unit is what one thread does on its own: one row and head of a pack, one tile of query rows
+ * of an attention. Arguments have been checked. */
 #ifndef MKVQ_CORE_H
 #define MKVQ_CORE_H
 #include "layout.h"
@@ -29,7 +31,8 @@ mkvq_status mkvq_check_unpack(const mkvq_unpack_args *args, mkvq_error *error);
 mkvq_status mkvq_check_append(const mkvq_append_args *args, mkvq_error *error);
 mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
 
-static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head, int64_t block)
+static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,
+                                            int64_t block)
 {
     const int64_t place = h->place[(row * h->kv_heads + head) * h->place_stride + block];
     return (const uint8_t *)(uintptr_t)h->slab_base[place >> MKVQ_SLAB_SHIFT] +

@@ -1,4 +1,5 @@
-/* layout.h - docs/format.md in C: the header of a record and where its sections lie. Host and device code share it. */
+/* layout.h - docs/format.md in C: the header of a record and where its sections lie. Host and
+ * device code share it. */
 #ifndef MKVQ_LAYOUT_H
 #define MKVQ_LAYOUT_H
 #include "mixkvq.h"
@@ -62,7 +63,8 @@ static inline int mkvq_tier_bits(int tier)
     return bits[tier];
 }
 
-/* Words of one token column (keys) or one channel row (values) that values of `bits` bits take per `tokens` entries. */
+/* Words of one token column (keys) or one channel row (values) that values of `bits` bits take
+ * per `tokens` entries. */
 static inline int64_t mkvq_value_rows(int bits, int64_t tokens)
 {
     return bits == 3 ? tokens / 16 + tokens / 32 : tokens * bits / 32;
@@ -104,21 +106,25 @@ static inline void mkvq_layout_sections(mkvq_layout *layout)
     layout->columns[1] = (n[MKVQ_TIER_4] + 7) / 8;
     layout->columns[2] = (n[MKVQ_TIER_3] + n[MKVQ_TIER_2] + 15) / 16;
     layout->columns[3] = (n[MKVQ_TIER_3] + n[MKVQ_TIER_1] + 31) / 32;
-    const int64_t columns = layout->columns[0] + layout->columns[1] + layout->columns[2] + layout->columns[3];
+    const int64_t columns =
+        layout->columns[0] + layout->columns[1] + layout->columns[2] + layout->columns[3];
     layout->key_groups = h->tokens / h->key_group;
     layout->value_groups = h->value_bits ? (h->head_dim + h->value_group - 1) / h->value_group : 0;
     layout->key_meta = mkvq_up64(MKVQ_HEADER_BYTES + 3 * dim / 8);
-    layout->value_meta = layout->key_meta + 2 * mkvq_meta_bytes(h->metadata & 15) * (int64_t)layout->key_groups * layout->coded;
-    layout->key_columns =
-        mkvq_up64(layout->value_meta + 2 * mkvq_meta_bytes(h->metadata >> 4) * tokens * layout->value_groups);
+    layout->value_meta = layout->key_meta + 2 * mkvq_meta_bytes(h->metadata & 15) *
+                                                (int64_t)layout->key_groups * layout->coded;
+    layout->key_columns = mkvq_up64(layout->value_meta + 2 * mkvq_meta_bytes(h->metadata >> 4) *
+                                                             tokens * layout->value_groups);
     layout->exact_keys = layout->key_columns + 4 * tokens * columns;
     layout->values = layout->exact_keys + n[MKVQ_TIER_EXACT] * tokens * size;
-    layout->nbytes = mkvq_up64(layout->values + (h->value_bits ? 4 * dim * mkvq_value_rows(h->value_bits, tokens)
-                                                               : tokens * dim * size));
+    layout->nbytes =
+        mkvq_up64(layout->values + (h->value_bits ? 4 * dim * mkvq_value_rows(h->value_bits, tokens)
+                                                  : tokens * dim * size));
 }
 
-/* Where the codes of one channel (or of one token's values) lie: column (row) of the low bits and bit position; for 3 bits also
- * those of the third bit, else third is -1. Columns are counted over all key columns, rows over all value rows. */
+/* Where the codes of one channel (or of one token's values) lie: column (row) of the low bits
+ * and bit position; for 3 bits also those of the third bit, else third is -1. Columns are
+ * counted over all key columns, rows over all value rows. */
 typedef struct {
     int words, shift, third, third_shift;
     uint32_t mask; /* of the low bits */
@@ -136,7 +142,8 @@ static inline mkvq_code_place mkvq_key_place(const mkvq_layout *layout, int stor
         return (mkvq_code_place){columns[0] + entry / 8, 4 * (entry % 8), -1, 0, 15};
     entry -= n[MKVQ_TIER_4];
     if (entry < n[MKVQ_TIER_3])
-        return (mkvq_code_place){two + entry / 16, 2 * (entry % 16), ones + entry / 32, mkvq_one_bit(entry % 32), 3};
+        return (mkvq_code_place){two + entry / 16, 2 * (entry % 16), ones + entry / 32,
+                                 mkvq_one_bit(entry % 32), 3};
     if (entry < n[MKVQ_TIER_3] + n[MKVQ_TIER_2])
         return (mkvq_code_place){two + entry / 16, 2 * (entry % 16), -1, 0, 3};
     entry -= n[MKVQ_TIER_2];
@@ -147,8 +154,9 @@ static inline mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int to
 {
     const int bits = layout->head.value_bits;
     if (bits == 3)
-        return (mkvq_code_place){token / 16, 2 * (token % 16), layout->head.tokens / 16 + token / 32,
-                                 mkvq_one_bit(token % 32), 3};
+        return (mkvq_code_place){token / 16, 2 * (token % 16),
+                                 layout->head.tokens / 16 + token / 32, mkvq_one_bit(token % 32),
+                                 3};
     if (bits == 1)
         return (mkvq_code_place){token / 32, mkvq_one_bit(token % 32), -1, 0, 1};
     const int per = 32 / bits;

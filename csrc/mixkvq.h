@@ -1,18 +1,19 @@
 /* mixkvq.h - the C core of MixKVQ and its manual.
  *
- * The core packs blocks of a KV cache into records (docs/format.md), reads them back, and computes attention of queries
- * over packed blocks followed by a window of exact tokens. It is C11, allocates nothing, prints nothing, and keeps no
- * global but the kernel table chosen at first use. Every function
- *   - checks all its arguments first (check.c) and returns a status without having written anything if one is wrong;
+ * The core packs blocks of a KV cache into records (docs/format.md), reads them back, and
+ * computes attention of queries over packed blocks followed by a window of exact tokens. It is
+ * C11, allocates nothing, prints nothing, and keeps no global but the kernel table chosen at
+ * first use. Every function
+ *   - checks all its arguments first (check.c) and returns a status, with nothing written, if
+ *     one is wrong;
  *   - can be called from several threads at once on different outputs;
- *   - gives the same bytes for every instruction set and every number of threads (attention: the same float operations
- *     in the same order within one instruction set).
+ *   - gives the same bytes for every instruction set and every number of threads (attention: the
+ *     same float operations in the same order within one instruction set).
  *
- * Arrays are described by `mkvq_view`: address, element type, shape and strides in elements, so that a model's transposed
- * or fused projections are read where they lie. "[B,H]" without a view means a dense C array.
- * Names: B batch rows, H key/value heads, Q query heads (a multiple of H: query head h reads KV head h / (Q/H)),
- * D head_dim, n tokens of a call, T tokens of a block.
- */
+ * Arrays are described by `mkvq_view`: address, element type, shape and strides in elements, so
+ * that a model's transposed or fused projections are read where they lie. "[B,H]" without a view
+ * means a dense C array. Names: B batch rows, H key/value heads, Q query heads (a multiple of H:
+ * query head h reads KV head h / (Q/H)), D head_dim, n tokens of a call, T tokens of a block. */
 #ifndef MIXKVQ_H
 #define MIXKVQ_H
 #include <stdint.h>
@@ -23,25 +24,28 @@ extern "C" {
 #define MKVQ_API_VERSION 1
 #define MKVQ_CAPSULE "mixkvq._core._C_API"
 #define MKVQ_MAX_HEAD_DIM 256 /* and a multiple of 8 */
-#define MKVQ_MAX_BLOCK 1024   /* tokens of a coded block, a multiple of 32; exact records hold up to 65535 */
+/* Tokens of a coded block, a multiple of 32; exact records hold up to 65535. */
+#define MKVQ_MAX_BLOCK 1024
 #define MKVQ_MAX_PATTERNS 16
-#define MKVQ_SLAB_SHIFT 40    /* place of a record: slab index << 40 | byte offset in the slab; -1: none */
+/* Place of a record: slab index << 40 | byte offset in the slab; -1: none. */
+#define MKVQ_SLAB_SHIFT 40
 
-/* ---- errors are values ------------------------------------------------------------------------------------------- */
+/* ---- errors are values ----------------------------------------------------------------------- */
 typedef enum {
     MKVQ_OK = 0,
     MKVQ_E_NULL,    /* a pointer that must be given is missing */
-    MKVQ_E_DTYPE,   /* an element type that is not one of those allowed, or differs from its partner */
+    MKVQ_E_DTYPE,   /* an element type that is not allowed, or differs from its partner */
     MKVQ_E_SHAPE,   /* a size that contradicts another, or is out of range */
     MKVQ_E_VALUE,   /* a field outside its allowed set */
     MKVQ_E_SPACE,   /* an output too small for what it must hold */
     MKVQ_E_MAGIC,   /* not a record */
     MKVQ_E_VERSION, /* a record of another version */
     MKVQ_E_RECORD,  /* a record whose fields contradict each other or its length */
-    MKVQ_E_ISA      /* the instruction set asked for is unknown, not built, or not supported by this CPU */
+    MKVQ_E_ISA      /* an instruction set that is unknown, not built, or not supported */
 } mkvq_status;
 
-/* What went wrong, for a message such as "k: head_dim is 63, must be a multiple of 8 from 8 to 256". Strings are static. */
+/* What went wrong, for a message such as "k: head_dim is 63, must be a multiple of 8 from 8 to
+ * 256". Strings are static. */
 typedef struct {
     const char *argument; /* name of the argument or field */
     const char *allowed;  /* what it must be */
@@ -50,14 +54,20 @@ typedef struct {
 
 const char *mkvq_status_text(mkvq_status status);
 
-/* ---- running in parallel ----------------------------------------------------------------------------------------- */
-/* Calls body(begin, end, ctx) on disjoint ranges that cover [0, n), possibly from several threads, and returns when all
- * are done. A NULL executor means "this thread". The core never starts a thread. */
+/* ---- running in parallel --------------------------------------------------------------------- */
+/* Calls body(begin, end, ctx) on disjoint ranges that cover [0, n), possibly from several
+ * threads, and returns when all are done. A NULL executor means "this thread". The core never
+ * starts a thread. */
 typedef void (*mkvq_body)(int64_t begin, int64_t end, void *ctx);
 typedef void (*mkvq_executor)(int64_t n, int64_t grain, mkvq_body body, void *ctx);
 
-/* ---- arrays ------------------------------------------------------------------------------------------------------- */
-typedef enum { MKVQ_F32 = 1, MKVQ_F16 = 2, MKVQ_BF16 = 3, MKVQ_BOOL = 4 } mkvq_dtype; /* BOOL: masks only, one byte */
+/* ---- arrays ---------------------------------------------------------------------------------- */
+typedef enum {
+    MKVQ_F32 = 1,
+    MKVQ_F16 = 2,
+    MKVQ_BF16 = 3,
+    MKVQ_BOOL = 4
+} mkvq_dtype; /* BOOL: masks only, one byte */
 
 typedef struct {
     void *data; /* const for inputs by contract */
@@ -66,8 +76,16 @@ typedef struct {
     int32_t dtype;
 } mkvq_view;
 
-/* ---- how a block is coded (docs/format.md section 4) --------------------------------------------------------------- */
-typedef enum { MKVQ_TIER_1, MKVQ_TIER_2, MKVQ_TIER_3, MKVQ_TIER_4, MKVQ_TIER_8, MKVQ_TIER_EXACT, MKVQ_TIERS } mkvq_tier;
+/* ---- how a block is coded (docs/format.md section 4) ----------------------------------------- */
+typedef enum {
+    MKVQ_TIER_1,
+    MKVQ_TIER_2,
+    MKVQ_TIER_3,
+    MKVQ_TIER_4,
+    MKVQ_TIER_8,
+    MKVQ_TIER_EXACT,
+    MKVQ_TIERS
+} mkvq_tier;
 typedef enum { MKVQ_META_E5M3_INT8, MKVQ_META_FP16_FP16 } mkvq_metadata;
 typedef enum { MKVQ_RANGE_MINMAX, MKVQ_RANGE_SEARCH } mkvq_range;
 typedef enum { MKVQ_ALLOCATE_PATTERNS, MKVQ_ALLOCATE_THRESHOLD, MKVQ_ALLOCATE_EXACT } mkvq_allocate;
@@ -75,45 +93,48 @@ typedef enum { MKVQ_COST_MODEL, MKVQ_COST_MEASURED } mkvq_cost;
 
 typedef struct {
     int32_t head_dim;      /* 8 ... 256, a multiple of 8 */
-    int32_t block_length;  /* T: a multiple of 32 and of key_group, at most 1024; exact allocation: 1 ... 65535 */
+    int32_t block_length;  /* T: a multiple of 32 and key_group to 1024; exact: 1 to 65535 */
     int32_t dtype;         /* of K, V, exact channels and exact records */
-    int32_t allocate;      /* mkvq_allocate; EXACT makes every block an exact record and ignores all that follows */
+    int32_t allocate;      /* mkvq_allocate; EXACT: exact records, ignores all that follows */
     int32_t key_group;     /* tokens that share a key scale, a multiple of 8 that divides T */
     int32_t key_metadata;  /* mkvq_metadata */
     int32_t key_range;     /* mkvq_range */
     int32_t key_reference; /* 1: code k - mu */
     int32_t value_bits;    /* 1, 2, 3, 4, 8; 0 = exact */
-    int32_t value_group;   /* channels that share a value scale, a multiple of 8, at most head_dim */
+    int32_t value_group; /* channels that share a value scale, a multiple of 8, at most head_dim */
     int32_t value_metadata;
     int32_t value_range;
-    int32_t value_rotation; /* 1: Hadamard */
-    int32_t pattern_cost;   /* mkvq_cost */
-    int32_t n_patterns;     /* 1 ... 16 when allocate is PATTERNS */
-    float threshold_high, threshold_low;             /* when allocate is THRESHOLD: high >= low >= 0 */
-    uint16_t patterns[MKVQ_MAX_PATTERNS][MKVQ_TIERS]; /* channels per tier, each summing to head_dim */
+    int32_t value_rotation;              /* 1: Hadamard */
+    int32_t pattern_cost;                /* mkvq_cost */
+    int32_t n_patterns;                  /* 1 ... 16 when allocate is PATTERNS */
+    float threshold_high, threshold_low; /* when allocate is THRESHOLD: high >= low >= 0 */
+    uint16_t patterns[MKVQ_MAX_PATTERNS]
+                     [MKVQ_TIERS]; /* channels per tier, each summing to head_dim */
 } mkvq_codec;
 
 mkvq_status mkvq_check_codec(const mkvq_codec *codec, mkvq_error *error);
-/* Bytes of the largest record that this codec can produce (an exact record, or a coded one if that is larger). */
+/* Bytes of the largest record that this codec can produce (an exact record, or a coded one if
+ * that is larger). */
 int64_t mkvq_record_bound(const mkvq_codec *codec);
 
-/* ---- records ------------------------------------------------------------------------------------------------------ */
+/* ---- records --------------------------------------------------------------------------------- */
 typedef struct {
     int32_t kind, dtype, value_bits, head_dim, tokens, key_group, value_group;
     int32_t key_metadata, value_metadata, key_reference, value_rotation;
-    int32_t channels[MKVQ_TIERS];          /* per tier; an exact record: all in MKVQ_TIER_EXACT */
-    int64_t nbytes;                        /* = header_bytes + metadata_bytes + code_bytes + padding */
-    int64_t metadata_bytes, code_bytes;    /* code_bytes: columns, rows, exact values */
-    uint8_t tier[MKVQ_MAX_HEAD_DIM];       /* tier id per channel */
+    int32_t channels[MKVQ_TIERS];       /* per tier; an exact record: all in MKVQ_TIER_EXACT */
+    int64_t nbytes;                     /* = header_bytes + metadata_bytes + code_bytes + padding */
+    int64_t metadata_bytes, code_bytes; /* code_bytes: columns, rows, exact values */
+    uint8_t tier[MKVQ_MAX_HEAD_DIM];    /* tier id per channel */
 } mkvq_record_info;
 
 /* Reads and fully checks a record of which `available` bytes may be read. */
-mkvq_status mkvq_inspect(const void *record, int64_t available, mkvq_record_info *info, mkvq_error *error);
+mkvq_status mkvq_inspect(const void *record, int64_t available, mkvq_record_info *info,
+                         mkvq_error *error);
 
-/* ---- salience statistics ------------------------------------------------------------------------------------------ */
-/* sum[b,h,d] += |q|^power over the queries first[b] <= i < n and the query heads of KV head h; tokens in order, inside a token the
- * heads in order, in float64: the result does not depend on how a sequence is cut into calls. The caller counts
- * (n - first[b]) * Q/H head-tokens per row. */
+/* ---- salience statistics --------------------------------------------------------------------- */
+/* sum[b,h,d] += |q|^power over the queries first[b] <= i < n and the query heads of KV head h;
+ * tokens in order, inside a token the heads in order, in float64: the result does not depend on
+ * how a sequence is cut into calls. The caller counts (n - first[b]) * Q/H head-tokens per row. */
 typedef struct {
     mkvq_view q;          /* [B,Q,n,D] float */
     int32_t kv_heads;     /* H */
@@ -124,40 +145,42 @@ typedef struct {
 } mkvq_salience_args;
 mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error);
 
-/* ---- packing ------------------------------------------------------------------------------------------------------ */
+/* ---- packing --------------------------------------------------------------------------------- */
 /* For every row b, head h and j < blocks[b]: packs tokens first[b] + j*T ... + T of k and v into
- * out + ((b*H + h) * max_blocks + j) * out_stride and stores the record's length in sizes[b,h,j] (0 for j >= blocks[b]). Blocks of a head are taken
- * in order; the first that becomes a coded record sets mu where has_mu is 0. Cost: one pass for statistics, one for codes. */
+ * out + ((b*H + h) * max_blocks + j) * out_stride and stores the record's length in sizes[b,h,j]
+ * (0 for j >= blocks[b]). Blocks of a head are taken in order; the first that becomes a coded
+ * record sets mu where has_mu is 0. Cost: one pass for statistics, one for codes. */
 typedef struct {
     const mkvq_codec *codec;
-    mkvq_view k, v;          /* [B,H,n,D], codec->dtype */
-    const int64_t *first;    /* [B] */
-    const int64_t *blocks;   /* [B], 0 ... max_blocks */
+    mkvq_view k, v;        /* [B,H,n,D], codec->dtype */
+    const int64_t *first;  /* [B] */
+    const int64_t *blocks; /* [B], 0 ... max_blocks */
     int64_t max_blocks;
     const float *importance; /* [B,H,D] I_d, finite and >= 0; NULL: all 1 */
-    uint16_t *mu;            /* [B,H,D] float16 bits and [B,H] 0/1, updated; NULL unless key_reference */
+    uint16_t *mu; /* [B,H,D] float16 bits and [B,H] 0/1, updated; NULL unless key_reference */
     uint8_t *has_mu;
-    uint8_t *out;            /* 64-byte aligned */
-    int64_t out_stride;      /* >= mkvq_record_bound, a multiple of 64 */
-    int64_t *sizes;          /* [B,H,max_blocks] */
-    int64_t *raised;         /* [B,H,max_blocks] raised scales of each record; may be NULL */
+    uint8_t *out;       /* 64-byte aligned */
+    int64_t out_stride; /* >= mkvq_record_bound, a multiple of 64 */
+    int64_t *sizes;     /* [B,H,max_blocks] */
+    int64_t *raised;    /* [B,H,max_blocks] raised scales of each record; may be NULL */
     mkvq_executor executor;
 } mkvq_pack_args;
 mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error);
 
-/* ---- the packed history of a layer --------------------------------------------------------------------------------- */
+/* ---- the packed history of a layer ----------------------------------------------------------- */
 typedef struct {
-    const uint64_t *slab_base;   /* [slabs] addresses */
-    const int64_t *slab_bytes;   /* [slabs] */
+    const uint64_t *slab_base; /* [slabs] addresses */
+    const int64_t *slab_bytes; /* [slabs] */
     int64_t slabs;
-    const int64_t *place;        /* [B,H,place_stride]: slab << MKVQ_SLAB_SHIFT | offset */
-    int64_t place_stride;        /* entries per head, >= every blocks[b] */
-    const int64_t *blocks;       /* [B] records per head */
-    const uint16_t *mu;          /* [B,H,D] float16 bits; NULL when no record is coded against a reference */
+    const int64_t *place;  /* [B,H,place_stride]: slab << MKVQ_SLAB_SHIFT | offset */
+    int64_t place_stride;  /* entries per head, >= every blocks[b] */
+    const int64_t *blocks; /* [B] records per head */
+    const uint16_t *mu; /* [B,H,D] float16 bits; NULL when no record is coded against a reference */
     int32_t batch, kv_heads, head_dim;
 } mkvq_history;
 
-/* Writes the decoded tokens of row b to k and v from token index first[b] on, rounded to the dtype of the views. */
+/* Writes the decoded tokens of row b to k and v from token index first[b] on, rounded to the
+ * dtype of the views. */
 typedef struct {
     const mkvq_history *history;
     mkvq_view k, v;       /* [B,H,n,D] float */
@@ -166,10 +189,11 @@ typedef struct {
 } mkvq_unpack_args;
 mkvq_status mkvq_unpack(const mkvq_unpack_args *args, mkvq_error *error);
 
-/* ---- the exact window ---------------------------------------------------------------------------------------------- */
-/* Row b of the buffers k, v [B,H,C,D] holds exact[b] tokens: first the sinks (the first min(sink_length, exact[b]) tokens of the
- * row), then the newest tokens. Packed blocks lie between the two. mkvq_append copies the n new tokens of every row
- * behind them and adds n to exact[b]. */
+/* ---- the exact window ------------------------------------------------------------------------ */
+/* Row b of the buffers k, v [B,H,C,D] holds exact[b] tokens: first the sinks (the first
+ * min(sink_length, exact[b]) tokens of the row), then the newest tokens. Packed blocks lie
+ * between the two. mkvq_append copies the n new tokens of every row behind them and adds n to
+ * exact[b]. */
 typedef struct {
     mkvq_view k, v;         /* buffers [B,H,C,D] */
     mkvq_view k_new, v_new; /* [B,H,n,D], same dtype */
@@ -177,37 +201,41 @@ typedef struct {
 } mkvq_append_args;
 mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error);
 
-/* ---- attention ------------------------------------------------------------------------------------------------------ */
-/* out = softmax(cap(scaling * q k^T) + mask) v over, per row, sinks, packed blocks and window, in this order. Let N_b = exact[b] + tokens in
- * blocks: token t of row b is column start[b] + t of the mask, and query i stands at token N_b - n + i (what CAUSAL means).
- * cap(s) = softcap * tanh(s / softcap). sink_logits[Q] add exp(logit) to the denominator (attention sinks of gpt-oss).
- * A query that may see no token gets zeros. NaN and Inf in K or V reach exactly the queries they would reach without packing.
- * Accumulates in float32; relative L2 error against float64 attention on the unpacked values is below 1e-5. */
+/* ---- attention ------------------------------------------------------------------------------- */
+/* out = softmax(cap(scaling * q k^T) + mask) v over, per row, sinks, packed blocks and window,
+ * in this order. Let N_b = exact[b] + tokens in blocks: token t of row b is column start[b] + t
+ * of the mask, and query i stands at token N_b - n + i (what CAUSAL means). cap(s) = softcap *
+ * tanh(s / softcap). sink_logits[Q] add exp(logit) to the denominator (attention sinks of gpt-
+ * oss). A query that may see no token gets zeros. A NaN or Inf in a key reaches the queries that
+ * may see the token, one in a value all queries of its head (0 * NaN), as in unfused attention.
+ * Accumulates in float32; relative L2 error against float64 attention on the unpacked values is
+ * below 1e-5. */
 typedef enum { MKVQ_MASK_NONE, MKVQ_MASK_CAUSAL, MKVQ_MASK_ARRAY } mkvq_mask;
 typedef struct {
-    mkvq_view q, out;         /* [B,Q,n,D] float; out may have any strides and another dtype */
+    mkvq_view q, out;            /* [B,Q,n,D] float; out may have any strides and another dtype */
     const mkvq_history *history; /* required; blocks may all be 0 */
-    mkvq_view k, v;           /* exact buffers [B,H,C,D] float */
-    const int64_t *exact;     /* [B] */
-    const int64_t *start;     /* [B] mask column of token 0; NULL: all 0 */
+    mkvq_view k, v;              /* exact buffers [B,H,C,D] float */
+    const int64_t *exact;        /* [B]; at least sink_length in a row that has blocks */
+    const int64_t *start;        /* [B] mask column of token 0; NULL: all 0 */
     int32_t sink_length;
-    int32_t mask_kind;        /* mkvq_mask */
-    mkvq_view mask;           /* ARRAY: [B,Q,n,columns], BOOL (nonzero = may attend) or float (added) */
+    int32_t mask_kind; /* mkvq_mask */
+    mkvq_view mask;    /* ARRAY: [B,Q,n,columns], BOOL (nonzero = may attend) or float (added) */
     float scaling, softcap;   /* softcap 0: none */
     const float *sink_logits; /* [Q] or NULL */
     mkvq_executor executor;
 } mkvq_attend_args;
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error);
 
-/* ---- instruction sets ----------------------------------------------------------------------------------------------- */
-/* Levels built into this library, best last: "scalar", "avx2". The best supported one is used until another is chosen. */
+/* ---- instruction sets ------------------------------------------------------------------------ */
+/* Levels built into this library, best last: "scalar", "avx2". The best supported one is used
+ * until another is chosen. */
 int mkvq_isa_count(void);
 const char *mkvq_isa_name(int level);
-int mkvq_isa_supported(int level);    /* by this CPU */
-const char *mkvq_isa(void);           /* in use */
+int mkvq_isa_supported(int level);          /* by this CPU */
+const char *mkvq_isa(void);                 /* in use */
 mkvq_status mkvq_set_isa(const char *name); /* NULL: the best; affects all threads */
 
-/* ---- table handed from one extension module to the other ------------------------------------------------------------ */
+/* ---- table handed from one extension module to the other ------------------------------------- */
 typedef struct {
     uint32_t version; /* MKVQ_API_VERSION */
     const char *(*status_text)(mkvq_status);

@@ -1,6 +1,8 @@
-/* numeric.h - number formats of the record and the few float rules every back end shares; plain C, usable in device code.
+/* numeric.h - number formats of the record and the few float rules every back end shares; plain
+ * C, usable in device code.
  *
- * Rounding is half to even everywhere. Nothing here depends on the rounding mode other than the default, on errno or on libm. */
+ * Rounding is half to even everywhere. Nothing here depends on the rounding mode other than the
+ * default, on errno or on libm. */
 #ifndef MKVQ_NUMERIC_H
 #define MKVQ_NUMERIC_H
 #include <stdint.h>
@@ -24,14 +26,15 @@ static inline float mkvq_float(uint32_t u)
     return x;
 }
 
-/* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
+/* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a
+ * fraction. */
 static inline float mkvq_round(float x)
 {
     const float magic = 12582912.0f;
     return (x + magic) - magic;
 }
 
-/* ---- float16 and bfloat16 ---------------------------------------------------------------------------------------- */
+/* ---- float16 and bfloat16 -------------------------------------------------------------------- */
 static inline float mkvq_f16_to_f32(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
@@ -46,10 +49,11 @@ static inline uint16_t mkvq_f32_to_f16(float x)
 {
     const uint32_t u = mkvq_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
     if (a > 0x7f800000u)
-        return (uint16_t)(sign | 0x7e00u | (a >> 13 & 0x1ffu)); /* quiet NaN, payload kept as far as it fits */
+        return (uint16_t)(sign | 0x7e00u |
+                          (a >> 13 & 0x1ffu)); /* quiet NaN, payload kept as far as it fits */
     if (a >= 0x47800000u)
         return (uint16_t)(sign | 0x7c00u); /* 65536 and above */
-    if (a < 0x38800000u)                   /* below 2^-14: the unit is 2^-24, and adding 0.5 rounds to it */
+    if (a < 0x38800000u) /* below 2^-14: the unit is 2^-24, and adding 0.5 rounds to it */
         return (uint16_t)(sign | (mkvq_bits(mkvq_float(a) + 0.5f) - 0x3f000000u));
     return (uint16_t)(sign | ((a + 0xfffu + (a >> 13 & 1u)) - (112u << 23)) >> 13);
 }
@@ -73,7 +77,7 @@ static inline uint16_t mkvq_fold_bound(float x)
     return (uint16_t)((mkvq_bits(x) + 0xffffu) >> 16);
 }
 
-/* ---- e5m3 scales -------------------------------------------------------------------------------------------------- */
+/* ---- e5m3 scales ----------------------------------------------------------------------------- */
 static inline float mkvq_e5m3_value(uint8_t code)
 {
     return mkvq_float((uint32_t)(code + MKVQ_E5M3_BIAS) << 20);

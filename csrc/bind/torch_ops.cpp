@@ -1,8 +1,9 @@
-// torch_ops.cpp - mixkvq._torch: the core's calls as torch operators, for compiled graphs and C++ users.
+// torch_ops.cpp - mixkvq._torch: the core's calls as torch operators, for compiled graphs and C++.
 //
-// LibTorch stable ABI, target 2.10: one binary serves every later torch. No algorithm here: tensors become the argument
-// structs of mixkvq.h, calls go through the table that mixkvq._core exports. Importing the module makes torch's intra-op pool
-// the executor of both modules. Fake kernels are in mixkvq/ops.py.
+// LibTorch stable ABI, target 2.10: one binary serves every later torch. No algorithm here: tensors
+// become the argument structs of mixkvq.h, calls go through the table that mixkvq._core exports.
+// Importing the module makes torch's intra-op pool the executor of both modules. Fake kernels are
+// in mixkvq/torch_module.py.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +34,7 @@ void torch_executor(int64_t n, int64_t grain, mkvq_body body, void *ctx)
         body(0, n, ctx);
 }
 
-// ---- tensors to views and addresses --------------------------------------------------------------
+// ---- tensors to views and addresses -------------------------------------------------------------
 int32_t dtype_of(const Tensor &t, const char *name)
 {
     switch (t.scalar_type()) {
@@ -105,7 +106,7 @@ void check(mkvq_status status, const mkvq_error &error)
                     api->status_text(status), ")");
 }
 
-// ---- arguments shared by several ops ---------------------------------------------------------------
+// ---- arguments shared by several ops ------------------------------------------------------------
 // The packed history of a layer, with the slab addresses it points to.
 struct History {
     std::vector<uint64_t> base;
@@ -134,7 +135,8 @@ struct History {
     }
 };
 
-// `fields`: the integers of mkvq_codec in order, head_dim to pattern_cost, then MKVQ_TIERS counts per pattern.
+// `fields`: the integers of mkvq_codec in order, head_dim to pattern_cost, then MKVQ_TIERS counts
+// per pattern.
 mkvq_codec codec_of(const std::vector<int64_t> &fields, const std::vector<double> &thresholds)
 {
     mkvq_codec c{};
@@ -162,7 +164,7 @@ mkvq_codec codec_of(const std::vector<int64_t> &fields, const std::vector<double
     return c;
 }
 
-// ---- the ops ---------------------------------------------------------------------------------------
+// ---- the ops ------------------------------------------------------------------------------------
 void salience_(Tensor sum, const Tensor q, int64_t kv_heads, int64_t power, const Optional first)
 {
     mkvq_salience_args a{};
@@ -281,7 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(mixkvq, CPU, m)
     m.impl("attend", TORCH_BOX(&attend));
 }
 
-// ---- module ----------------------------------------------------------------------------------------
+// ---- module -------------------------------------------------------------------------------------
 int exec_module(PyObject *)
 {
     api = static_cast<const mkvq_api *>(PyCapsule_Import(MKVQ_CAPSULE, 0));

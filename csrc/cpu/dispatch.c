@@ -1,4 +1,5 @@
-/* dispatch.c - which instruction set runs, and handing units of work to the executor. The chosen table is the core's only global. */
+/* dispatch.c - which instruction set runs, and handing units of work to the executor. The chosen
+ * table is the core's only global. */
 #include "../core.h"
 #include <stdatomic.h>
 #include <stddef.h>
@@ -30,7 +31,8 @@ int mkvq_isa_supported(int level)
         return 0;
 #if defined(__x86_64__)
     if (tables[level] == &mkvq_kernels_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
 #endif
     return 1;
 }
@@ -59,7 +61,7 @@ const char *mkvq_isa(void)
     return mkvq_kernel_table()->name;
 }
 
-/* ---- units of work ------------------------------------------------------------------------------------------------ */
+/* ---- units of work --------------------------------------------------------------------------- */
 typedef struct {
     const mkvq_kernels *kernels;
     const void *args;
@@ -132,7 +134,8 @@ static void attend_body(int64_t begin, int64_t end, void *ctx)
 {
     const job *j = ctx;
     for (int64_t u = begin; u < end; u++)
-        j->kernels->attend(j->args, u / (j->heads * j->tiles), u / j->tiles % j->heads, u % j->tiles);
+        j->kernels->attend(j->args, u / (j->heads * j->tiles), u / j->tiles % j->heads,
+                           u % j->tiles);
 }
 
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
@@ -165,7 +168,8 @@ mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error)
                         continue;
                     }
                     for (int64_t c = 0; c < shape[3]; c++)
-                        memcpy(q + c * to[i]->stride[3] * size, p + c * from[i]->stride[3] * size, (size_t)size);
+                        memcpy(q + c * to[i]->stride[3] * size, p + c * from[i]->stride[3] * size,
+                               (size_t)size);
                 }
         args->exact[b] += shape[2];
     }

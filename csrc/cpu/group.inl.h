@@ -1,6 +1,8 @@
-/* group.inl.h - coding one group: n contiguous floats (n a multiple of 8) to b-bit codes with one scale and offset.
+/* group.inl.h - coding one group: n contiguous floats (n a multiple of 8) to b-bit codes with
+ * one scale and offset.
  *
- * docs/format.md section 4, "Coding a group", step by step. The lanes of a vector are the eight partial sums. */
+ * docs/format.md section 4, "Coding a group", step by step. The lanes of a vector are the eight
+ * partial sums. */
 typedef struct {
     float scale, offset;
     uint16_t scale_bits, offset_bits; /* as stored: e5m3 byte and int8, or two float16 */
@@ -53,7 +55,8 @@ static inline int fit(float range, float low, int bits, int metadata, group_code
     return 1;
 }
 
-/* Step 3, as whole floats: division, clamp, round (clamping first changes nothing and keeps the rounding small). */
+/* Step 3, as whole floats: division, clamp, round (clamping first changes nothing and keeps the
+ * rounding small). */
 static inline vf codes_of(vf x, const group_code *g)
 {
     const vf z = vf_div(vf_sub(x, vf_set1(g->offset)), vf_set1(g->scale));
@@ -71,12 +74,16 @@ static inline float squared_error(const float *x, int n, const group_code *g)
     return vf_sum(sum);
 }
 
-/* Chooses scale and offset of a group whose minimum and maximum are `r`; 0 if nothing fits. `error` is set by a search, or when asked for. */
-static int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule, int need_error, group_code *best)
+/* Chooses scale and offset of a group whose minimum and maximum are `r`; 0 if nothing fits.
+ * `error` is set by a search, or when asked for. */
+static int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule,
+                      int need_error, group_code *best)
 {
-    static const float ratios[5][8] = {
-        {1, .9f, .8f, .7f, .6f, .5f, .4f}, {1, .92f, .84f, .76f, .68f, .6f, .52f, .44f},
-        {1, .93f, .86f, .79f, .72f, .65f}, {1, .94f, .88f, .8f}, {1}};
+    static const float ratios[5][8] = {{1, .9f, .8f, .7f, .6f, .5f, .4f},
+                                       {1, .92f, .84f, .76f, .68f, .6f, .52f, .44f},
+                                       {1, .93f, .86f, .79f, .72f, .65f},
+                                       {1, .94f, .88f, .8f},
+                                       {1}};
     static const uint8_t row[9] = {0, 0, 1, 2, 3, 0, 0, 0, 4}, count[5] = {7, 8, 6, 4, 1};
     if (rule == MKVQ_RANGE_MINMAX) {
         if (!fit(r.high - r.low, r.low, bits, metadata, best))

@@ -1,4 +1,5 @@
-/* kernels.inl.h - all kernel bodies over the vector vocabulary included before it, and the table of this instruction set. */
+/* kernels.inl.h - all kernel bodies over the vector vocabulary included before it, and the table
+ * of this instruction set. */
 #include "../core.h"
 
 #include "load.inl.h"
@@ -21,4 +22,5 @@
 
 #include "attend.inl.h"
 
-const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_unit, unpack_unit, attend_unit};
+const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_unit, unpack_unit,
+                                     attend_unit};

@@ -1,7 +1,9 @@
 /* pack.inl.h - one block of one head: statistics, tiers, codes, record.
  *
- * Keys are read eight channels at a time and transposed, so that a channel's tokens are contiguous: lanes are tokens, as in the key columns. Values
- * are read a token at a time: lanes are channels, as in the value rows. Either way the codes of a vector are or-ed into u32 words in place. */
+ * Keys are read eight channels at a time and transposed, so that a channel's tokens are
+ * contiguous: lanes are tokens, as in the key columns. Values are read a token at a time: lanes
+ * are channels, as in the value rows. Either way the codes of a vector are or-ed into u32 words
+ * in place. */
 typedef struct {
     const mkvq_pack_args *args;
     int64_t row, head, token; /* first token of the block */
@@ -19,7 +21,8 @@ static int load_panel(const block_source *s, int channel, const float *mu, float
     for (int t = 0; t < tokens; t += 8) {
         vf r[8];
         for (int i = 0; i < 8; i++) {
-            r[i] = load8(mkvq_at(k, s->row, s->head, s->token + t + i) + step, k->dtype, k->stride[3]);
+            r[i] =
+                load8(mkvq_at(k, s->row, s->head, s->token + t + i) + step, k->dtype, k->stride[3]);
             finite &= vf_finite(r[i]);
         }
         vf_transpose(r);
@@ -58,7 +61,8 @@ static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uin
 }
 
 /* Ors (code >> drop) & mask of n elements, shifted, into n words. */
-static inline void put_bits(uint32_t *words, const float *x, int n, const group_code *g, int drop, uint32_t mask, int shift)
+static inline void put_bits(uint32_t *words, const float *x, int n, const group_code *g, int drop,
+                            uint32_t mask, int shift)
 {
     for (int i = 0; i < n; i += 8) {
         const vi code = vi_and1(vi_shr(vi_from_vf(codes_of(vf_load(x + i), g)), drop), mask);
@@ -66,9 +70,10 @@ static inline void put_bits(uint32_t *words, const float *x, int n, const group_
     }
 }
 
-/* The codes of n elements; `words` begins the columns (rows), which are `length` words long; `at` is the first element's index in its column. */
-static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place, const float *x, int n,
-                             const group_code *g)
+/* The codes of n elements; `words` begins the columns (rows), which are `length` words long;
+ * `at` is the first element's index in its column. */
+static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place,
+                             const float *x, int n, const group_code *g)
 {
     put_bits(words + place.words * length + at, x, n, g, 0, place.mask, place.shift);
     if (place.third >= 0)
@@ -76,28 +81,32 @@ static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_
 }
 
 /* Codes one channel; 0 if a group does not fit. `stored` is its index in stored order. */
-static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int stored, const float *x, uint8_t *record, float *largest)
+static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int stored, const float *x,
+                        uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
     uint8_t *scales = record + l->key_meta;
-    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->key_metadata) * l->key_groups * l->coded;
+    uint8_t *offsets =
+        scales + (int64_t)mkvq_meta_bytes(codec->key_metadata) * l->key_groups * l->coded;
     const mkvq_code_place place = mkvq_key_place(l, stored);
     for (int i = 0, t = 0; i < l->key_groups; i++, t += codec->key_group) {
         const int64_t at = (int64_t)i * l->coded + stored;
         group_code g;
-        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group), mkvq_tier_bits(tier),
-                        codec->key_metadata, codec->key_range, 0, &g))
+        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group),
+                        mkvq_tier_bits(tier), codec->key_metadata, codec->key_range, 0, &g))
             return 0;
         put_metadata(scales, at, codec->key_metadata, g.scale_bits);
         put_metadata(offsets, at, codec->key_metadata, g.offset_bits);
-        put_codes((uint32_t *)(void *)(record + l->key_columns), codec->block_length, t, place, x + t, codec->key_group, &g);
+        put_codes((uint32_t *)(void *)(record + l->key_columns), codec->block_length, t, place,
+                  x + t, codec->key_group, &g);
         s->raised += g.raised;
         largest[tier] = g.scale > largest[tier] ? g.scale : largest[tier];
     }
     return 1;
 }
 
-static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_t *record, float *largest)
+static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_t *record,
+                     float *largest)
 {
     const mkvq_view *k = &s->args->k;
     const int tokens = l->head.tokens, size = mkvq_dtype_bytes(k->dtype);
@@ -115,25 +124,30 @@ static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_
             }
             uint8_t *out = record + l->exact_keys + (int64_t)(stored - l->coded) * tokens * size;
             for (int t = 0; t < tokens; t++)
-                memcpy(out + t * size, mkvq_at(k, s->row, s->head, s->token + t) + (c + i) * k->stride[3] * size, (size_t)size);
+                memcpy(out + t * size,
+                       mkvq_at(k, s->row, s->head, s->token + t) + (c + i) * k->stride[3] * size,
+                       (size_t)size);
         }
     }
     return 1;
 }
 
 /* Codes one token's values; 0 if a group does not fit. */
-static int pack_value_token(block_source *s, const mkvq_layout *l, int t, const float *x, uint8_t *record, float *largest)
+static int pack_value_token(block_source *s, const mkvq_layout *l, int t, const float *x,
+                            uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
     const int dim = codec->head_dim;
     uint8_t *scales = record + l->value_meta;
-    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups * codec->block_length;
+    uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups *
+                                    codec->block_length;
     const mkvq_code_place place = mkvq_value_place(l, t);
     for (int i = 0, c = 0; i < l->value_groups; i++, c += codec->value_group) {
         const int n = c + codec->value_group < dim ? codec->value_group : dim - c;
         const int64_t at = (int64_t)i * codec->block_length + t;
         group_code g;
-        if (!code_group(x + c, n, find_range(x + c, n), codec->value_bits, codec->value_metadata, codec->value_range, 0, &g))
+        if (!code_group(x + c, n, find_range(x + c, n), codec->value_bits, codec->value_metadata,
+                        codec->value_range, 0, &g))
             return 0;
         put_metadata(scales, at, codec->value_metadata, g.scale_bits);
         put_metadata(offsets, at, codec->value_metadata, g.offset_bits);
@@ -154,7 +168,8 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
         load_row(x, p, v->dtype, v->stride[3], dim);
         if (l->head.flags & MKVQ_FLAG_ROTATION)
             hadamard(x, dim);
-        for (int c = 0; c < dim; c += 8) /* after the rotation, which may overflow and never heals a value */
+        for (int c = 0; c < dim;
+             c += 8) /* after the rotation, which may overflow and never heals a value */
             if (!vf_finite(vf_load(x + c)))
                 return 0;
         if (!l->head.value_bits) {
@@ -226,8 +241,10 @@ static int64_t pack_exact(const block_source *s, uint8_t *record)
     memcpy(record, &l.head, sizeof l.head);
     for (int t = 0; t < codec->block_length; t++) {
         const int64_t at = (int64_t)t * dim * size;
-        copy_row(record + l.exact_keys + at, mkvq_at(&a->k, s->row, s->head, s->token + t), a->k.dtype, a->k.stride[3], dim);
-        copy_row(record + l.values + at, mkvq_at(&a->v, s->row, s->head, s->token + t), a->v.dtype, a->v.stride[3], dim);
+        copy_row(record + l.exact_keys + at, mkvq_at(&a->k, s->row, s->head, s->token + t),
+                 a->k.dtype, a->k.stride[3], dim);
+        copy_row(record + l.values + at, mkvq_at(&a->v, s->row, s->head, s->token + t), a->v.dtype,
+                 a->v.stride[3], dim);
     }
     return l.nbytes;
 }
@@ -245,7 +262,8 @@ static void pack_unit(const mkvq_pack_args *a, int64_t row, int64_t head)
         known[c] = mkvq_f16_to_f32(mu[c]);
     for (int64_t j = 0; j < a->max_blocks; j++) {
         const int64_t index = unit * a->max_blocks + j;
-        block_source s = {a, row, head, a->first[row] + j * codec->block_length, reference ? known : NULL, 0};
+        block_source s = {
+            a, row, head, a->first[row] + j * codec->block_length, reference ? known : NULL, 0};
         uint8_t *record = a->out + index * a->out_stride;
         uint16_t half[MKVQ_MAX_HEAD_DIM];
         int64_t nbytes = 0;

@@ -1,4 +1,5 @@
-/* salience.inl.h - sums of |q|^power per key/value head and channel in float64, tokens outer, query heads of the group inner. */
+/* salience.inl.h - sums of |q|^power per key/value head and channel in float64, tokens outer,
+ * query heads of the group inner. */
 static void salience_unit(const mkvq_salience_args *a, int64_t row, int64_t head)
 {
     const int64_t group = a->q.shape[1] / a->kv_heads, dim = a->q.shape[3];

@@ -1,24 +1,28 @@
 /* score.inl.h - scores of 1, 2, 4 or 8 query rows against the keys of one record.
  *
- * Key scales are folded into the query once per key group, so that a score is a dot product of codes and folded query plus one constant:
+ * Key scales are folded into the query once per key group, so that a score is a dot product of
+ * codes and folded query plus one constant:
  *     q.k = sum_i (q_i s_i) c_i + sum_i q_i (o_i + mu_i)
- * A column word carries the codes of 4 ... 32 channels for one token; the lanes of a vector are eight tokens. The "entries" below are the
- * places of the columns in order, unused ones included: a 3-bit channel has one entry in a two-bit and one, of weight 4, in a one-bit column. */
+ * A column word carries the codes of 4 ... 32 channels for one token; the lanes of a vector are
+ * eight tokens. The "entries" below are the places of the columns in order, unused ones
+ * included: a 3-bit channel has one entry in a two-bit and one, of weight 4, in a one-bit
+ * column. */
 #define MAX_ENTRIES (2 * MKVQ_MAX_HEAD_DIM + 64)
 
 typedef struct {
     int entries;
-    int begin[4];                   /* first entry of the 8-, 4-, two- and one-bit columns */
-    int16_t stored[MAX_ENTRIES];    /* index in stored order, -1: unused place */
-    uint8_t bits[MAX_ENTRIES];      /* of the channel's tier */
-    float weight[MAX_ENTRIES];      /* 1, or 4 for the third bit */
+    int begin[4];                /* first entry of the 8-, 4-, two- and one-bit columns */
+    int16_t stored[MAX_ENTRIES]; /* index in stored order, -1: unused place */
+    uint8_t bits[MAX_ENTRIES];   /* of the channel's tier */
+    float weight[MAX_ENTRIES];   /* 1, or 4 for the third bit */
 } entry_map;
 
 static void map_entries(const mkvq_layout *l, entry_map *m)
 {
     static const uint8_t per[4] = {4, 8, 16, 32};
     const int *n = l->counts;
-    const int first3 = n[MKVQ_TIER_8] + n[MKVQ_TIER_4], first1 = first3 + n[MKVQ_TIER_3] + n[MKVQ_TIER_2];
+    const int first3 = n[MKVQ_TIER_8] + n[MKVQ_TIER_4],
+              first1 = first3 + n[MKVQ_TIER_3] + n[MKVQ_TIER_2];
     /* the stored runs that fill each kind of column: 8 | 4 | 3, 2 | 3, 1 bits */
     const int run[4][2][2] = {{{0, n[MKVQ_TIER_8]}, {0, 0}},
                               {{n[MKVQ_TIER_8], n[MKVQ_TIER_4]}, {0, 0}},
@@ -30,7 +34,8 @@ static void map_entries(const mkvq_layout *l, entry_map *m)
         m->begin[kind] = e;
         for (int r = 0; r < 2; r++)
             for (int i = 0; i < run[kind][r][1]; i++, e++) {
-                const int stored = run[kind][r][0] + i, bits = mkvq_tier_bits(l->tier[l->order[stored]]);
+                const int stored = run[kind][r][0] + i,
+                          bits = mkvq_tier_bits(l->tier[l->order[stored]]);
                 m->stored[e] = (int16_t)stored, m->bits[e] = (uint8_t)bits;
                 m->weight[e] = kind == 3 && bits == 3 ? 4.0f : 1.0f;
             }
@@ -51,7 +56,8 @@ typedef struct {
     float reference[MKVQ_TILE_ROWS]; /* sum of q mu over the coded channels */
 } query_tile;
 
-static void gather_queries(query_tile *w, const mkvq_layout *l, const float *q, int rows, const uint16_t *mu)
+static void gather_queries(query_tile *w, const mkvq_layout *l, const float *q, int rows,
+                           const uint16_t *mu)
 {
     map_entries(l, &w->map);
     const int padded = (w->map.entries + 7) / 8 * 8;
@@ -70,7 +76,8 @@ static void gather_queries(query_tile *w, const mkvq_layout *l, const float *q, 
 }
 
 /* Folds the scales of key group `group` into the queries; constant[r] = sum of q (offset + mu). */
-static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout *l, int group, int rows, float *constant)
+static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout *l, int group,
+                         int rows, float *constant)
 {
     const int metadata = l->head.metadata & 15, padded = (w->map.entries + 7) / 8 * 8;
     const uint8_t *scales = record + l->key_meta;
@@ -85,7 +92,9 @@ static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout
         const float scale = get_metadata(scales, at, metadata);
         w->scale[e] = scale * w->map.weight[e];
         /* the second entry of a 3-bit channel must not count the offset again */
-        w->offset[e] = w->map.weight[e] == 1.0f ? get_offset(offsets, at, metadata, scale, w->map.bits[e]) : 0.0f;
+        w->offset[e] = w->map.weight[e] == 1.0f
+                           ? get_offset(offsets, at, metadata, scale, w->map.bits[e])
+                           : 0.0f;
     }
     for (int r = 0; r < rows; r++) {
         vf sum = vf_set1(0.0f);
@@ -98,15 +107,19 @@ static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout
     }
 }
 
-/* acc[r] += codes of the columns of one width, times the folded queries, for eight tokens. `rows` and `bits` are constants after inlining. */
-static inline __attribute__((always_inline)) void score_columns(vf *acc, const uint32_t *words, int64_t length, int columns,
-                                                                const query_tile *w, int entry, const int bits, const int rows)
+/* acc[r] += codes of the columns of one width, times the folded queries, for eight tokens.
+ * `rows` and `bits` are constants after inlining. */
+static inline __attribute__((always_inline)) void score_columns(vf *acc, const uint32_t *words,
+                                                                int64_t length, int columns,
+                                                                const query_tile *w, int entry,
+                                                                const int bits, const int rows)
 {
     for (int c = 0; c < columns; c++, words += length) {
         const vi word = vi_load(words);
         MKVQ_UNROLL(32)
         for (int i = 0; i < 32 / bits; i++, entry++) {
-            const vf code = vf_from_vi(vi_and1(vi_shr(word, bits == 1 ? mkvq_one_bit(i) : bits * i), (1u << bits) - 1));
+            const vf code = vf_from_vi(
+                vi_and1(vi_shr(word, bits == 1 ? mkvq_one_bit(i) : bits * i), (1u << bits) - 1));
             MKVQ_UNROLL(8)
             for (int r = 0; r < rows; r++)
                 acc[r] = vf_fma(code, vf_set1(w->folded[r][entry]), acc[r]);
@@ -115,9 +128,10 @@ static inline __attribute__((always_inline)) void score_columns(vf *acc, const u
 }
 
 /* Scores of tokens begin ... end (multiples of 8 inside one key group) to s[r][token - origin]. */
-static inline __attribute__((always_inline)) void score_run(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,
-                                                            const query_tile *w, const float *q, const float *constant, int begin,
-                                                            int end, int origin, const int rows)
+static inline __attribute__((always_inline)) void
+score_run(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,
+          const query_tile *w, const float *q, const float *constant, int begin, int end,
+          int origin, const int rows)
 {
     const int64_t tokens = l->head.tokens;
     const int size = mkvq_dtype_bytes(l->head.dtype);
@@ -134,7 +148,8 @@ static inline __attribute__((always_inline)) void score_run(float (*s)[MKVQ_TILE
         words += l->columns[2] * tokens;
         score_columns(acc, words, tokens, l->columns[3], w, w->map.begin[3], 1, rows);
         for (int i = l->coded; i < l->head.head_dim; i++) {
-            const vf k = load8(record + l->exact_keys + ((i - l->coded) * tokens + t) * size, l->head.dtype, 1);
+            const vf k = load8(record + l->exact_keys + ((i - l->coded) * tokens + t) * size,
+                               l->head.dtype, 1);
             for (int r = 0; r < rows; r++)
                 acc[r] = vf_fma(k, vf_set1(q[r * MKVQ_MAX_HEAD_DIM + l->order[i]]), acc[r]);
         }
@@ -144,8 +159,8 @@ static inline __attribute__((always_inline)) void score_run(float (*s)[MKVQ_TILE
 }
 
 /* Scores of tokens begin ... end of a coded record; begin and end are multiples of 32. */
-static void score_coded(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l, query_tile *w, const float *q,
-                        int rows, int begin, int end)
+static void score_coded(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,
+                        query_tile *w, const float *q, int rows, int begin, int end)
 {
     const int group = l->head.key_group;
     float constant[MKVQ_TILE_ROWS];
@@ -165,8 +180,8 @@ static void score_coded(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, con
 }
 
 /* Scores of n rows of exact keys, `step` bytes apart. */
-static void score_exact(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *k, int64_t step, int dtype, int64_t stride, int dim, const float *q,
-                        int rows, int n)
+static void score_exact(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *k, int64_t step, int dtype,
+                        int64_t stride, int dim, const float *q, int rows, int n)
 {
     const int64_t chunk = 8 * stride * mkvq_dtype_bytes(dtype);
     for (int t = 0; t < n; t++, k += step) {

@@ -1,10 +1,13 @@
-/* tiers.inl.h - how many bits each key channel of a block gets: thresholds on A_d = I_d * S_d (arXiv 2512.19206), or the best pattern of a menu. */
+/* tiers.inl.h - how many bits each key channel of a block gets: thresholds on A_d = I_d * S_d
+ * (arXiv 2512.19206), or the best pattern of a menu. */
 #define NO_FIT (-1.0f)
 
 typedef struct {
-    float spread[MKVQ_MAX_HEAD_DIM];              /* max - min of the block */
-    float variance[MKVQ_MAX_HEAD_DIM];            /* for the cost model */
-    float measured[MKVQ_MAX_HEAD_DIM][MKVQ_TIERS]; /* error per token of each tier, NO_FIT where a group does not fit */
+    float spread[MKVQ_MAX_HEAD_DIM];   /* max - min of the block */
+    float variance[MKVQ_MAX_HEAD_DIM]; /* for the cost model */
+    float
+        measured[MKVQ_MAX_HEAD_DIM]
+                [MKVQ_TIERS]; /* error per token of each tier, NO_FIT where a group does not fit */
 } channel_stats;
 
 static int has_choice(const mkvq_codec *codec)
@@ -21,7 +24,8 @@ static int uses_tier(const mkvq_codec *codec, int tier)
 }
 
 /* Statistics of one channel, x[0..T). */
-static void measure_channel(const mkvq_codec *codec, const float *x, int channel, channel_stats *stats)
+static void measure_channel(const mkvq_codec *codec, const float *x, int channel,
+                            channel_stats *stats)
 {
     const int tokens = codec->block_length;
     const group_range r = find_range(x, tokens);
@@ -47,8 +51,8 @@ static void measure_channel(const mkvq_codec *codec, const float *x, int channel
         int fits = 1;
         for (int t = 0; t < tokens && fits; t += codec->key_group) {
             group_code g;
-            fits = code_group(x + t, codec->key_group, find_range(x + t, codec->key_group), mkvq_tier_bits(tier),
-                              codec->key_metadata, codec->key_range, 1, &g);
+            fits = code_group(x + t, codec->key_group, find_range(x + t, codec->key_group),
+                              mkvq_tier_bits(tier), codec->key_metadata, codec->key_range, 1, &g);
             if (fits)
                 error += g.error;
         }
@@ -56,7 +60,8 @@ static void measure_channel(const mkvq_codec *codec, const float *x, int channel
     }
 }
 
-/* Channels by falling A, ties by rising index: a merge sort of (A, ~index) keys; the bits of a float >= 0 order like the float. */
+/* Channels by falling A, ties by rising index: a merge sort of (A, ~index) keys; the bits of a
+ * float >= 0 order like the float. */
 static void rank_channels(const float *salience, int n, uint8_t *rank)
 {
     uint64_t keys[2][MKVQ_MAX_HEAD_DIM], *from = keys[0], *to = keys[1];
@@ -64,7 +69,8 @@ static void rank_channels(const float *salience, int n, uint8_t *rank)
         from[c] = (uint64_t)mkvq_bits(salience[c]) << 32 | (uint32_t)(n - c);
     for (int width = 1; width < n; width *= 2) {
         for (int begin = 0; begin < n; begin += 2 * width) {
-            const int middle = begin + width < n ? begin + width : n, end = middle + width < n ? middle + width : n;
+            const int middle = begin + width < n ? begin + width : n,
+                      end = middle + width < n ? middle + width : n;
             for (int a = begin, b = middle, i = begin; i < end; i++)
                 to[i] = b >= end || (a < middle && from[a] > from[b]) ? from[a++] : from[b++];
         }
@@ -84,26 +90,29 @@ static void assign_pattern(const uint16_t *pattern, const uint8_t *rank, uint8_t
 }
 
 /* Expected logit error of an assignment, or NO_FIT. */
-static float pattern_cost(const mkvq_codec *codec, const channel_stats *stats, const float *importance, const uint8_t *tier)
+static float pattern_cost(const mkvq_codec *codec, const channel_stats *stats,
+                          const float *importance, const uint8_t *tier)
 {
-    static const float error_of_bits[MKVQ_TIERS] = {0.38f, 0.118f, 0.035f, 0.0115f, 0.00006f, 0.0f};
+    static const float error_of_bits[MKVQ_TIER_EXACT] = {0.38f, 0.118f, 0.035f, 0.0115f, 0.00006f};
     float cost = 0.0f;
     for (int c = 0; c < codec->head_dim; c++) {
         const int t = tier[c];
+        if (t == MKVQ_TIER_EXACT)
+            continue;
         const float weight = importance ? importance[c] * importance[c] : 1.0f;
-        float error = 0.0f;
-        if (t != MKVQ_TIER_EXACT) {
-            error = codec->pattern_cost == MKVQ_COST_MODEL ? stats->variance[c] * error_of_bits[t] : stats->measured[c][t];
-            if (error == NO_FIT)
-                return NO_FIT;
-        }
+        const float error = codec->pattern_cost == MKVQ_COST_MODEL
+                                ? stats->variance[c] * error_of_bits[t]
+                                : stats->measured[c][t];
+        if (error == NO_FIT)
+            return NO_FIT;
         cost += weight * error;
     }
     return cost;
 }
 
 /* Tier id of every channel; 0 if no pattern can be coded. */
-static int choose_tiers(const mkvq_codec *codec, const channel_stats *stats, const float *importance, uint8_t *tier)
+static int choose_tiers(const mkvq_codec *codec, const channel_stats *stats,
+                        const float *importance, uint8_t *tier)
 {
     float salience[MKVQ_MAX_HEAD_DIM];
     uint8_t rank[MKVQ_MAX_HEAD_DIM], trial[MKVQ_MAX_HEAD_DIM];

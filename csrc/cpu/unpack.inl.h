@@ -1,4 +1,5 @@
-/* unpack.inl.h - records back to tokens: value = float32(code * scale) + offset, plus mu, or rotated back; then rounded to the caller's dtype. */
+/* unpack.inl.h - records back to tokens: value = float32(code * scale) + offset, plus mu, or
+ * rotated back; then rounded to the caller's dtype. */
 static inline float get_metadata(const uint8_t *plane, int64_t index, int metadata)
 {
     uint16_t half;
@@ -8,7 +9,8 @@ static inline float get_metadata(const uint8_t *plane, int64_t index, int metada
     return mkvq_f16_to_f32(half);
 }
 
-static inline float get_offset(const uint8_t *plane, int64_t index, int metadata, float scale, int bits)
+static inline float get_offset(const uint8_t *plane, int64_t index, int metadata, float scale,
+                               int bits)
 {
     if (metadata == MKVQ_META_E5M3_INT8)
         return (float)(int8_t)plane[index] * mkvq_offset_unit(scale, bits);
@@ -16,14 +18,16 @@ static inline float get_offset(const uint8_t *plane, int64_t index, int metadata
 }
 
 /* x[i] = code * scale + offset of n elements; `words`, `length`, `at` as in put_codes. */
-static inline void get_values(const uint32_t *words, int64_t length, int at, mkvq_code_place place, float *x, int n, float scale,
-                              float offset)
+static inline void get_values(const uint32_t *words, int64_t length, int at, mkvq_code_place place,
+                              float *x, int n, float scale, float offset)
 {
-    const uint32_t *low = words + place.words * length + at, *third = words + place.third * length + at;
+    const uint32_t *low = words + place.words * length + at,
+                   *third = words + place.third * length + at;
     for (int i = 0; i < n; i += 8) {
         vi code = vi_and1(vi_shr(vi_load(low + i), place.shift), place.mask);
         if (place.third >= 0)
-            code = vi_or(code, vi_shl(vi_and1(vi_shr(vi_load(third + i), place.third_shift), 1), 2));
+            code =
+                vi_or(code, vi_shl(vi_and1(vi_shr(vi_load(third + i), place.third_shift), 1), 2));
         vf_store(x + i, vf_add(vf_mul(vf_from_vi(code), vf_set1(scale)), vf_set1(offset)));
     }
 }
@@ -38,8 +42,9 @@ static void unpack_channel(const uint8_t *record, const mkvq_layout *l, int stor
     for (int i = 0; i < l->key_groups; i++) {
         const int64_t at = (int64_t)i * l->coded + stored;
         const float scale = get_metadata(scales, at, metadata);
-        get_values((const uint32_t *)(const void *)(record + l->key_columns), l->head.tokens, i * group,
-                   mkvq_key_place(l, stored), x + i * group, group, scale, get_offset(offsets, at, metadata, scale, bits));
+        get_values((const uint32_t *)(const void *)(record + l->key_columns), l->head.tokens,
+                   i * group, mkvq_key_place(l, stored), x + i * group, group, scale,
+                   get_offset(offsets, at, metadata, scale, bits));
     }
 }
 
@@ -53,13 +58,15 @@ static void unpack_value_token(const uint8_t *record, const mkvq_layout *l, int 
         const int n = c + l->head.value_group < dim ? l->head.value_group : dim - c;
         const int64_t at = (int64_t)i * tokens + t;
         const float scale = get_metadata(scales, at, metadata);
-        get_values((const uint32_t *)(const void *)(record + l->values), dim, c, mkvq_value_place(l, t), x + c, n, scale,
+        get_values((const uint32_t *)(const void *)(record + l->values), dim, c,
+                   mkvq_value_place(l, t), x + c, n, scale,
                    get_offset(offsets, at, metadata, scale, l->head.value_bits));
     }
 }
 
 /* Rows of exact values: verbatim where the dtypes agree, so that NaN payloads survive. */
-static void copy_exact(const mkvq_view *out, int64_t row, int64_t head, int64_t token, const uint8_t *p, const mkvq_layout *l)
+static void copy_exact(const mkvq_view *out, int64_t row, int64_t head, int64_t token,
+                       const uint8_t *p, const mkvq_layout *l)
 {
     const int dim = l->head.head_dim, size = mkvq_dtype_bytes(l->head.dtype);
     float x[MKVQ_MAX_HEAD_DIM];
@@ -75,13 +82,15 @@ static void copy_exact(const mkvq_view *out, int64_t row, int64_t head, int64_t 
     }
 }
 
-static void unpack_keys(const mkvq_unpack_args *a, int64_t row, int64_t head, int64_t token, const uint8_t *record,
-                        const mkvq_layout *l, float *panel)
+static void unpack_keys(const mkvq_unpack_args *a, int64_t row, int64_t head, int64_t token,
+                        const uint8_t *record, const mkvq_layout *l, float *panel)
 {
     const mkvq_history *h = a->history;
-    const int dim = l->head.head_dim, tokens = l->head.tokens, size = mkvq_dtype_bytes(l->head.dtype);
+    const int dim = l->head.head_dim, tokens = l->head.tokens,
+              size = mkvq_dtype_bytes(l->head.dtype);
     const int out_size = mkvq_dtype_bytes(a->k.dtype);
-    const uint16_t *mu = l->head.flags & MKVQ_FLAG_REFERENCE ? h->mu + (row * h->kv_heads + head) * dim : NULL;
+    const uint16_t *mu =
+        l->head.flags & MKVQ_FLAG_REFERENCE ? h->mu + (row * h->kv_heads + head) * dim : NULL;
     int stored_of[MKVQ_MAX_HEAD_DIM];
     for (int i = 0; i < dim; i++)
         stored_of[l->order[i]] = i;
@@ -90,7 +99,8 @@ static void unpack_keys(const mkvq_unpack_args *a, int64_t row, int64_t head, in
             float *x = panel + i * tokens;
             if (l->tier[c + i] == MKVQ_TIER_EXACT) {
                 const int64_t exact = stored_of[c + i] - l->coded;
-                load_row(x, record + l->exact_keys + exact * tokens * size, l->head.dtype, 1, tokens);
+                load_row(x, record + l->exact_keys + exact * tokens * size, l->head.dtype, 1,
+                         tokens);
                 continue;
             }
             unpack_channel(record, l, stored_of[c + i], x);
@@ -106,8 +116,8 @@ static void unpack_keys(const mkvq_unpack_args *a, int64_t row, int64_t head, in
             vf_transpose(r);
             for (int i = 0; i < 8; i++) {
                 vf_store(lanes, r[i]);
-                store_row(mkvq_at(&a->k, row, head, token + t + i) + c * a->k.stride[3] * out_size, a->k.dtype, a->k.stride[3],
-                          lanes, 8);
+                store_row(mkvq_at(&a->k, row, head, token + t + i) + c * a->k.stride[3] * out_size,
+                          a->k.dtype, a->k.stride[3], lanes, 8);
             }
         }
     }
@@ -127,11 +137,13 @@ static void unpack_unit(const mkvq_unpack_args *a, int64_t row, int64_t head)
             unpack_keys(a, row, head, token, record, &l, panel);
         if (l.head.kind == MKVQ_KIND_EXACT || !l.head.value_bits)
             copy_exact(&a->v, row, head, token, record + l.values, &l);
-        for (int t = 0; l.head.kind == MKVQ_KIND_CODED && l.head.value_bits && t < l.head.tokens; t++) {
+        for (int t = 0; l.head.kind == MKVQ_KIND_CODED && l.head.value_bits && t < l.head.tokens;
+             t++) {
             unpack_value_token(record, &l, t, x);
             if (l.head.flags & MKVQ_FLAG_ROTATION)
                 hadamard(x, l.head.head_dim);
-            store_row(mkvq_at(&a->v, row, head, token + t), a->v.dtype, a->v.stride[3], x, l.head.head_dim);
+            store_row(mkvq_at(&a->v, row, head, token + t), a->v.dtype, a->v.stride[3], x,
+                      l.head.head_dim);
         }
         token += l.head.tokens;
     }

@@ -1,4 +1,5 @@
-/* vec_avx2.h - the vector vocabulary of vec_scalar.h for AVX2 + FMA + F16C. Same names, same results; only vf_fma rounds once. */
+/* vec_avx2.h - the vector vocabulary of vec_scalar.h for AVX2 + FMA + F16C. Same names, same
+ * results; only vf_fma rounds once. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
@@ -37,7 +38,8 @@ static inline vf vf_load_f16(const uint16_t *p)
 
 static inline vf vf_load_bf16(const uint16_t *p)
 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
 static inline vf vf_add(vf a, vf b)
@@ -87,8 +89,9 @@ static inline vf vf_zero_below(vf p, vf x, float limit)
 
 static inline float vf_sum(vf x)
 {
-    __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); /* 0+4 1+5 2+6 3+7 */
-    a = _mm_add_ps(a, _mm_movehl_ps(a, a));                                        /* even sum, odd sum */
+    __m128 a =
+        _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); /* 0+4 1+5 2+6 3+7 */
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));                                 /* even sum, odd sum */
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
 }
 
@@ -109,7 +112,8 @@ static inline float vf_hmin(vf x)
 static inline int vf_finite(vf x)
 {
     const __m256i a = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
-    return _mm256_testz_si256(_mm256_cmpgt_epi32(a, _mm256_set1_epi32(0x7f7fffff)), _mm256_set1_epi32(-1));
+    return _mm256_testz_si256(_mm256_cmpgt_epi32(a, _mm256_set1_epi32(0x7f7fffff)),
+                              _mm256_set1_epi32(-1));
 }
 
 static inline vi vi_load(const uint32_t *p)
@@ -139,7 +143,8 @@ static inline vi vi_shl(vi a, int count)
 
 static inline vi vi_shr(vi a, int count)
 {
-    return __builtin_constant_p(count) ? _mm256_srli_epi32(a, count) : _mm256_srl_epi32(a, _mm_cvtsi32_si128(count));
+    return __builtin_constant_p(count) ? _mm256_srli_epi32(a, count)
+                                       : _mm256_srl_epi32(a, _mm_cvtsi32_si128(count));
 }
 
 static inline vi vi_from_vf(vf x)
@@ -154,7 +159,8 @@ static inline vf vf_from_vi(vi x)
 
 static inline vf vf_pow2(vf n)
 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 
 static inline void vf_transpose(vf r[8])
@@ -186,10 +192,12 @@ static inline vf vf_butterfly(vf x, int stride)
 
 static inline void vd_accumulate(double *sum, vf x, int power)
 {
-    const __m256d half[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+    const __m256d half[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+                             _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
     for (int i = 0; i < 2; i++) {
         const __m256d a = half[i];
-        const __m256d term = power == 2 ? _mm256_mul_pd(a, a) : _mm256_andnot_pd(_mm256_set1_pd(-0.0), a);
+        const __m256d term =
+            power == 2 ? _mm256_mul_pd(a, a) : _mm256_andnot_pd(_mm256_set1_pd(-0.0), a);
         _mm256_storeu_pd(sum + 4 * i, _mm256_add_pd(_mm256_loadu_pd(sum + 4 * i), term));
     }
 }

@@ -1,7 +1,9 @@
-/* vec_scalar.h - the vector vocabulary in plain C: eight lanes, the yardstick for every instruction set.
+/* vec_scalar.h - the vector vocabulary in plain C: eight lanes, the yardstick for every
+ * instruction set.
  *
- * vf: eight floats, vi: eight 32-bit integers. max/min return their second operand when a comparison is false (as AVX does), so NaN in the
- * second operand survives. vf_fma may round once or twice: only attention uses it, never the codec. */
+ * vf: eight floats, vi: eight 32-bit integers. max/min return their second operand when a
+ * comparison is false (as AVX does), so NaN in the second operand survives. vf_fma may round
+ * once or twice: only attention uses it, never the codec. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
@@ -195,11 +197,13 @@ static inline void vf_transpose(vf r[8])
         }
 }
 
-/* butterflies inside a vector with stride 1, 2 or 4: lane i (bit `stride` clear) gets x_i + x_j, lane j = i + stride gets x_i - x_j */
+/* butterflies inside a vector with stride 1, 2 or 4: lane i (bit `stride` clear) gets x_i + x_j,
+ * lane j = i + stride gets x_i - x_j */
 static inline vf vf_butterfly(vf x, int stride)
 {
     vf r;
-    LANES(i) r.lane[i] = i & stride ? x.lane[i - stride] - x.lane[i] : x.lane[i] + x.lane[i + stride];
+    LANES(i)
+    r.lane[i] = i & stride ? x.lane[i - stride] - x.lane[i] : x.lane[i] + x.lane[i + stride];
     return r;
 }
 
