@@ -13,26 +13,27 @@ from . import compat
 from .config import MixKVQConfig
 from .handle import KEYS, VALUES, PackedHandle
 from .hook import TAG, Tag, install
-from .layer import NATIVE, MixKVQLayer, check_states
+from .layer import NATIVE, MixKVQLayer
 from .linear import LinearStates
 from .report import LayerReport, Ledger, Report, held_bytes, tensors_in
+from .states import check_states
 
 if compat.HybridLayer is not None:
     from .linear import MixKVQHybridLayer
 
 
 class MixKVQCache(LinearStates, DynamicCache):
-    """A key/value cache in mixed precision (arXiv 2512.19206), read by packed kernels. Use it where `DynamicCache` is used.
+    """A key/value cache in mixed precision (arXiv 2512.19206), read by packed kernels, in the place of `DynamicCache`.
 
     Parameters
     ----------
     preset : str or MixKVQConfig
         Name of a preset (`list_presets`) or a configuration.
     config : transformers.PreTrainedConfig, optional
-        The model's configuration, as in `DynamicCache`: lays sliding-window and other layers out at once. Without it the cache learns
-        the layout in the first attention call.
+        The model's configuration, as in `DynamicCache`: lays sliding-window and other layers out at once. Without it
+        the cache learns the layout in the first attention call.
     precision : {"default", "exact"}
-        Of the attention kernel. Both run the float32 kernel today, within 1e-5 of float64 attention on the stored values.
+        Of the attention kernel. Both run the float32 kernel today, within 1e-5 of float64 attention on what is stored.
     **overrides
         Fields of `MixKVQConfig` that replace the preset's, such as ``sink_length=8``.
 
@@ -68,7 +69,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         self._foreign: dict[int, int] = {}  # bytes of transformers' own layers, by index
         self._last = -1  # layer of the last update
         factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger)
-        Cache.__init__(self, layer_class_to_replicate=factory)
+        Cache.__init__(self, layer_class_to_replicate=factory)  # type: ignore[arg-type]
         if config is not None:
             self._lay_out(config)
         install()
@@ -94,7 +95,8 @@ class MixKVQCache(LinearStates, DynamicCache):
             Naming the argument; the cache is unchanged then.
         """
         if torch.compiler.is_compiling():
-            return self._update_outside_graph(key_states, value_states, layer_idx)
+            compiled: tuple[Any, Any] = self._update_outside_graph(key_states, value_states, layer_idx)
+            return compiled
         layer = self._layer_to_update(key_states, value_states, layer_idx)
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         self._last = layer_idx
@@ -120,7 +122,9 @@ class MixKVQCache(LinearStates, DynamicCache):
                 previous.overlooked()
         if index >= len(self.layers):
             if self.layer_class_to_replicate is None:
-                raise IndexError(f"layer_idx is {index}, must be below {len(self.layers)}, the number of layers in config")
+                raise IndexError(
+                    f"layer_idx is {index}, must be below {len(self.layers)}, the number of layers in config"
+                )
             check_states(key, value)
             while len(self.layers) <= index:
                 self.layers.append(self._new_layer())
@@ -129,14 +133,16 @@ class MixKVQCache(LinearStates, DynamicCache):
         return self.layers[index]
 
     def _new_layer(self) -> MixKVQLayer:
-        return self._recording(MixKVQLayer(self.mixkvq_config, self.ledger))
+        layer = MixKVQLayer(self.mixkvq_config, self.ledger)
+        self._recording(layer)
+        return layer
 
     def _recording(self, layer: Any) -> Any:
         if self._record_past and hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
         return layer
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_outside_graph(self, key_states: Any, value_states: Any, layer_idx: int) -> tuple[Any, Any]:
         """In a compiled model: plain or decoded tensors, and no hook."""
         layer = self._layer_to_update(key_states, value_states, layer_idx)
@@ -188,7 +194,8 @@ class MixKVQCache(LinearStates, DynamicCache):
             if isinstance(have, MixKVQHybridLayer):
                 return have
             new = MixKVQHybridLayer(self.mixkvq_config, self.ledger, getattr(theirs, "number_of_states", 1))
-            vars(new).update(vars(have) if have is not None else {})
+            if have is not None:
+                new.__dict__.update(have.__dict__)
             return self._recording(new)
         if have is not None and not isinstance(have, MixKVQLayer):
             return have  # a linear layer that holds its state
@@ -198,7 +205,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         return theirs
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen; of the first layer with keys when layer 0 has none (without configuration it may be a linear layer)."""
+        """Columns seen; of the first layer with keys when layer 0 has none (it may turn out to be a linear layer)."""
         first = self.layers[0] if self.layers else None
         if layer_idx == 0 and isinstance(first, MixKVQLayer) and not first.length:
             lengths = (layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length"))
@@ -207,7 +214,7 @@ class MixKVQCache(LinearStates, DynamicCache):
 
     # ---- the whole cache -------------------------------------------------------------------------------------------
     def activate_past_recording(self) -> None:
-        """Expect a rollback after every call, in layers made later too (assisted decoding asks before there are any)."""
+        """Expect a rollback after every call, in layers made later too: assisted decoding asks before there is one."""
         self._record_past = True
         for layer in self.layers:
             self._recording(layer)
@@ -258,4 +265,6 @@ def _configuration(preset: Any, overrides: dict[str, Any]) -> MixKVQConfig:
         return MixKVQConfig.preset(preset, **overrides)
     if hasattr(preset, "get_text_config"):
         raise TypeError(f"preset is a {type(preset).__name__}; pass a model's configuration as MixKVQCache(config=...)")
-    raise TypeError(f"preset is {preset!r}, must be the name of a preset or a MixKVQConfig, as in MixKVQCache('default')")
+    raise TypeError(
+        f"preset is {preset!r}, must be the name of a preset or a MixKVQConfig, as in MixKVQCache('default')"
+    )

@@ -1,7 +1,7 @@
 """Every branch on the version of transformers (4.57 to 5.23 are known) lives here.
 
-transformers below 5.1 looks attention functions up with ``AttentionInterface[...]`` only, which eager attention never asks: eager
-models take the dequantized path there. Classes that a version lacks are None.
+transformers below 5.1 looks attention functions up with ``AttentionInterface[...]`` only, which eager attention never
+asks: eager models take the dequantized path there. Classes that a version lacks are None.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attention_weights_wanted() -> bool:
     """Whether somebody collects attention weights, which no fused kernel returns."""
     if _collector is None:
         return False
-    collected = _collector.get()
+    collected = _collector.get()  # type: ignore[no-untyped-call]
     return collected is not None and any("attention" in name for name in collected)
 
 

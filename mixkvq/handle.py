@@ -1,7 +1,7 @@
 """`PackedHandle`: what a packed layer hands to the model in place of keys or values: a shape without storage.
 
-The attention hook recognises a pair of handles and runs the fused kernel. Every other operation decodes the whole layer first: slow,
-never wrong.
+The attention hook recognises a pair of handles and runs the fused kernel. Every other operation decodes the whole layer
+first: slow, never wrong.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ KEYS, VALUES = 0, 1
 class PackedHandle(torch.Tensor):
     """Keys or values [B, H, N, D] of a packed layer, decoded when somebody computes with them.
 
-    A handle reads what its layer holds at the moment of use; once the layer was updated, cropped or reordered it is stale.
+    A handle reads what its layer holds at the moment of use; after an update, a crop or a reordering it is stale.
     """
 
     layer: MixKVQLayer
     which: int
     epoch: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, layer: MixKVQLayer, which: int, shape: tuple[int, ...]) -> PackedHandle:
@@ -50,14 +50,20 @@ class PackedHandle(torch.Tensor):
         return self.layer.decode()[self.which]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         for position, argument in enumerate(func._schema.arguments):
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise RuntimeError(f"{func} writes into the keys or values of a packed MixKVQCache, which are read-only")
+                raise RuntimeError(
+                    f"{func} writes into the keys or values of a packed MixKVQCache, which are read-only"
+                )
         args, kwargs = tree_map_only(cls, cls.decode, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PackedHandle({'keys' if self.which == KEYS else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return (
+            f"PackedHandle({'keys' if self.which == KEYS else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        )

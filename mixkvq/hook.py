@@ -1,7 +1,7 @@
 """The attention hook: the one line of transformers that is replaced is how an attention module looks its function up.
 
-The function that comes back runs the original unless keys carry a mark of ours: a tag on plain tensors (the original runs, then the
-layer may pack), or a `PackedHandle` (the kernel runs instead).
+The function that comes back runs the original unless keys carry a mark of ours: a tag on plain tensors (the original
+runs, then the layer may pack), or a `PackedHandle` (the kernel runs instead).
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ TAG = "_mixkvq"
 
 # tensor arguments that attention over all cached keys does not depend on, or that the proof covers
 _HARMLESS = frozenset(
-    ("cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "num_items_in_batch", "position_ids", "s_aux", "seq_idx", "sinks")
+    (
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "num_items_in_batch",
+        "position_ids",
+        "s_aux",
+        "seq_idx",
+        "sinks",
+    )
 )
 _MASK_DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,8 +77,8 @@ class Call:
         """Sort the arguments, however the model spelled them."""
         names = ("module", "query", "key", "value", "attention_mask")
         rest = dict(kwargs)
-        five = [*args[:5], *(rest.pop(name, None) for name in names[len(args) :])]
-        return cls(function, *five, extra=args[5:], arguments=rest, output_dtype=five[1].dtype)
+        module, query, key, value, mask = (*args[:5], *(rest.pop(name, None) for name in names[len(args) :]))
+        return cls(function, module, query, key, value, mask, args[5:], rest, query.dtype)
 
     def original(self, key: torch.Tensor, value: torch.Tensor) -> Any:
         """What the model's own function gives with these keys and values."""
@@ -98,7 +107,11 @@ class Call:
 
     def _query_refusal(self, layer: MixKVQLayer) -> str | None:
         keys, query = layer.states[KEYS], self.query
-        if query.dim() != 4 or (query.shape[0], query.shape[3]) != (keys.shape[0], keys.shape[3]) or query.shape[1] % keys.shape[1]:
+        if (
+            query.dim() != 4
+            or (query.shape[0], query.shape[3]) != (keys.shape[0], keys.shape[3])
+            or query.shape[1] % keys.shape[1]
+        ):
             return f"queries {list(query.shape)} do not fit to keys {list(keys.shape)}"
         return None
 
@@ -108,11 +121,16 @@ class Call:
             return None
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.dtype not in _MASK_DTYPES:
             return f"{self.name} is called with a mask that is no 4-dimensional bool or float tensor"
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2] == n and mask.shape[3] >= layer.length
+        fits = (
+            mask.shape[0] in (1, batch)
+            and mask.shape[1] in (1, heads)
+            and mask.shape[2] == n
+            and mask.shape[3] >= layer.length
+        )
         return None if fits else f"a mask of shape {list(mask.shape)} for {n} queries and {layer.length} keys"
 
     def packed_refusal(self, layer: MixKVQLayer) -> str | None:
-        """As `refusal`, for a layer that is packed: also why the proof does not cover this call, or more than output is wanted."""
+        """As `refusal`, for a packed layer: also if the proof does not cover this call or weights are wanted."""
         proof, n = layer.proof, self.query.shape[2]
         if torch.is_grad_enabled() and self.query.requires_grad:
             return "gradients are required"
@@ -151,7 +169,9 @@ def _packed_call(call: Call) -> Any:
         result: Any = (output, None)
     else:
         layer.ledger.warn(f"keys and values are decoded for a call that the kernel cannot serve: {reason}")
-        plain = layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
+        plain = (
+            layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
+        )
         result = call.original(*plain)
     if layer.store is not None and key.epoch == layer.epoch and call._query_refusal(layer) is None:
         layer.observe(call.query, call.mask)

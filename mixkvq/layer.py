@@ -2,7 +2,7 @@
 
 plain        nothing packed yet; the model gets the very tensors that `DynamicCache` would give it
 packed       the model gets handles, the attention hook runs the kernel on the packed records
-dequantized  packed as well, but the model's attention is not known to be what the kernel computes: it gets decoded tensors
+dequantized  packed as well, but the model's attention is not what the kernel computes: it gets decoded tensors
 native       full precision for good: training, or keys and values that records cannot hold
 """
 
@@ -14,44 +14,23 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import compat
-from .config import BlockCodec, MixKVQConfig
+from .config import MixKVQConfig
 from .handle import KEYS, VALUES, PackedHandle
-from .proof import Proof, allowed
+from .masks import NO_TOKEN, first_columns
+from .proof import Proof
 from .queries import QueryStatistics
 from .report import LayerReport, Ledger, held_bytes
+from .states import check_continues, check_states, codec_of, common_dtype, obstacle, own
 from .store import PackedStore, outside_autograd
 
 PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_NO_TOKEN = 1 << 62  # start of a row without a real token yet
 _INVISIBLE = (
-    "attention does not pass through transformers' AttentionInterface with the cached tensors: keys and values are decoded in every "
-    "step, queries are not seen"
+    "attention does not pass through transformers' AttentionInterface with the cached tensors: keys and values are "
+    "decoded in every step, queries are not seen"
 )
 
 
-def check_states(key: Any, value: Any) -> None:
-    """Refuse keys and values that do not belong together.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, its value and what is allowed.
-    """
-    for name, states in (("key_states", key), ("value_states", value)):
-        if not isinstance(states, torch.Tensor):
-            raise TypeError(f"{name} is {type(states).__name__}, must be a tensor [batch, heads, tokens, head_dim]")
-    if key.device != value.device:
-        raise ValueError(f"value_states is on {value.device}, must be on {key.device} as key_states")
-    if key.dtype != value.dtype and not torch.is_autocast_enabled(key.device.type):
-        raise ValueError(f"value_states is {value.dtype}, must be {key.dtype} as key_states")
-    if key.dim() < 3 or key.shape[:1] != value.shape[:1] or key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"value_states has shape {list(value.shape)}, must agree in batch and tokens with key_states {list(key.shape)}"
-        )
-
-
-class MixKVQLayer(DynamicLayer):
+class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one attention layer.
 
     Parameters
@@ -114,7 +93,9 @@ class MixKVQLayer(DynamicLayer):
         return f"{type(self).__name__}({self.mode}, {self.length} tokens)"
 
     # ---- growing ---------------------------------------------------------------------------------------------------
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens; what to attend to comes back.
 
         Parameters
@@ -132,12 +113,13 @@ class MixKVQLayer(DynamicLayer):
             Naming the argument; the layer is unchanged then.
         """
         check_states(key_states, value_states)
-        self._check_continues(key_states, value_states)
+        if self.length:
+            check_continues(key_states, value_states, self.states, self._dtypes)
         self.overlooked()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.mode != NATIVE and (obstacle := self._obstacle(key_states, value_states)):
-            self.become_native(obstacle)
+        if self.mode != NATIVE and (reason := self._obstacle(key_states, value_states)):
+            self.become_native(reason)
         self.epoch += 1
         self.waiting = True
         self.length += key_states.shape[-2]
@@ -162,18 +144,6 @@ class MixKVQLayer(DynamicLayer):
         self._account()
         return self._k.view_as(self._k), self._v.view_as(self._v)
 
-    def _check_continues(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Refuse tokens that do not fit to those cached before."""
-        if not self.length:
-            return
-        names = "key_states", "value_states"
-        for name, new, old, dtype in zip(names, (key, value), self.states, self._dtypes, strict=True):
-            if (new.shape[:-2], new.shape[-1]) != (old.shape[:-2], old.shape[-1]):
-                want = ", ".join(map(str, [*old.shape[:-2], "n", old.shape[-1]]))
-                raise ValueError(f"{name} has shape {list(new.shape)}, must be [{want}] as the tokens cached before")
-            if new.dtype != dtype or new.device != old.device:
-                raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {dtype} on {old.device} as cached before")
-
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Exact tensors of keys and values: all of a plain layer, buffers of a packed one."""
@@ -183,23 +153,10 @@ class MixKVQLayer(DynamicLayer):
         return self._k, self._v
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
-        """Why these tensors must stay in full precision."""
+        """Why these tokens must stay in full precision."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return "gradients are required"
-        if self.length:
-            return None
-        if key.dim() != 4 or key.shape != value.shape:
-            return f"keys {list(key.shape)} and values {list(value.shape)} differ in shape, as latent (MLA) attention does"
-        if key.device.type != "cpu":
-            return f"no packed kernels for {key.device}"
-        try:
-            self._codec(key, _common_dtype(key, value))
-        except ValueError as error:
-            return f"no packed kernels: {error}"
-        return None
-
-    def _codec(self, key: torch.Tensor, dtype: torch.dtype) -> BlockCodec:
-        return self.mixkvq_config.codec(key.shape[-1], _DTYPES.get(dtype, str(dtype).removeprefix("torch.")))
+        return None if self.length else obstacle(self.mixkvq_config, key, value)
 
     # ---- choosing the path -----------------------------------------------------------------------------------------
     def ready(self) -> bool:
@@ -209,7 +166,7 @@ class MixKVQLayer(DynamicLayer):
             return False
         if self._start is None:
             return True
-        if int(self._start.max()) == _NO_TOKEN:
+        if int(self._start.max()) == NO_TOKEN:
             self.reason = "nothing packed yet: a batch row has no real token"
             return False
         return self.length - int(self._start.min()) >= threshold
@@ -257,7 +214,7 @@ class MixKVQLayer(DynamicLayer):
         keys = self.states[KEYS]
         first = None
         if self.store is None:
-            start = _first_columns(mask, keys.shape[0], self.length)
+            start = first_columns(mask, keys.shape[0], self.length)
             self._start = start if self._start is None else torch.minimum(self._start, start)
             past = self.length - query.shape[2]
             if int(self._start.max()) > past:
@@ -273,7 +230,7 @@ class MixKVQLayer(DynamicLayer):
         elif self.mode in (PACKED, DEQUANTIZED) and self.ready():
             self._begin()
         elif self._k is not None and self._v is not None and not self._k.requires_grad:
-            self._k, self._v = _own(self._k), _own(self._v)  # views of a fused projection would keep all of it
+            self._k, self._v = own(self._k), own(self._v)  # views of a fused projection would keep all of it
             self._account()
         if self.mode == PLAIN and not self.reason.endswith("real token"):
             need = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length
@@ -282,9 +239,10 @@ class MixKVQLayer(DynamicLayer):
     def _begin(self) -> None:
         k, v = self.states
         start = torch.zeros(k.shape[0], dtype=torch.int64) if self._start is None else self._start
-        dtype = _common_dtype(k, v)
-        codec = self._codec(k, dtype)
-        self.store = PackedStore.begin(self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin)
+        codec, dtype = codec_of(self.mixkvq_config, k, v), common_dtype(k, v)
+        self.store = PackedStore.begin(
+            self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin
+        )
         self._k = self._v = self._start = None
         self._account()
 
@@ -341,7 +299,7 @@ class MixKVQLayer(DynamicLayer):
         k, v = self.states
         self._k, self._v = k[..., :keep, :].clone(), v[..., :keep, :].clone()
         if self._start is not None:
-            self._start = torch.where(self._start >= keep, _NO_TOKEN, self._start)
+            self._start = torch.where(self._start >= keep, NO_TOKEN, self._start)
 
     def crop(self, tokens_to_remove: Any) -> None:
         """Remove tokens from the end; the argument is that of the installed transformers.
@@ -437,36 +395,10 @@ class MixKVQLayer(DynamicLayer):
         nbytes = held_bytes(self.tensors())
         if self.store is None:
             elements = sum(t.numel() for t in (self._k, self._v) if t is not None)
-            return LayerReport(index, self.path, self.reason, self.length, nbytes, elements, dequantizations=self.dequantizations)
+            return LayerReport(
+                index, self.path, self.reason, self.length, nbytes, elements, dequantizations=self.dequantizations
+            )
         totals = self.store.totals()
         return LayerReport(
             index, self.path, self.reason, self.length, nbytes, dequantizations=self.dequantizations, **totals._asdict()
         )
-
-
-def _common_dtype(key: torch.Tensor, value: torch.Tensor) -> torch.dtype:
-    """Autocast gives float32 keys and 16-bit values, and computes attention with both in 16 bits."""
-    return min(key.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if it is a view of something larger."""
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor:
-    """First column of every row [B] that any of its queries may attend to; `_NO_TOKEN` where there is none."""
-    if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
-    first = []
-    for row in mask.expand(batch, -1, -1, -1):
-        row = row[:, :, :columns]
-        seen = allowed(row[:, -1]).any(0)
-        bound = int(seen.int().argmax()) if bool(seen.any()) else row.shape[2]
-        if bound:  # columns before those of the last query may still serve an earlier one
-            earlier = allowed(row[:, :, :bound]).any(0).any(0)
-            bound = int(earlier.int().argmax()) if bool(earlier.any()) else bound
-        first.append(bound if bound < row.shape[2] else _NO_TOKEN)
-    return torch.tensor(first, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Layers with a convolution or recurrent state (qwen3_next, jamba, zamba2, falcon_h1): transformers' own, made on demand.
+"""Layers with a convolution or recurrent state (qwen3_next, jamba, zamba2): transformers' own, made on demand.
 
-A cache that was made without a configuration learns which layers these are when the model touches their states, which may come before
-or after the layer's keys and values.
+A cache that was made without a configuration learns which layers these are when the model touches their states, which
+may come before or after the layer's keys and values.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .report import tensors_in
 
 if compat.HybridLayer is not None:
 
-    class MixKVQHybridLayer(compat.HybridLayer, MixKVQLayer):  # type: ignore[misc, name-defined]
-        """A layer with both kinds of state. transformers' class calls `DynamicLayer` by name, so everything is spelled out again."""
+    class MixKVQHybridLayer(compat.HybridLayer, MixKVQLayer):  # type: ignore[misc, no-untyped-call]
+        """A layer with both kinds of state. transformers' class calls `DynamicLayer` by name: all is spelled out."""
 
         is_croppable = compat.LinearMixin.__dict__.get("is_croppable", True)
 
@@ -60,7 +60,11 @@ class LinearStates(Cache):
         raise NotImplementedError
 
     def _is_linear(self, layer_idx: int) -> bool:
-        return compat.LinearMixin is not None and layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], compat.LinearMixin)
+        return (
+            compat.LinearMixin is not None
+            and layer_idx < len(self.layers)
+            and isinstance(self.layers[layer_idx], compat.LinearMixin)
+        )
 
     def _to_hybrid(self, layer_idx: int, number_of_states: int) -> None:
         """Give the layer both kinds of state and keep what it has."""
@@ -70,14 +74,14 @@ class LinearStates(Cache):
         keep = dict(vars(old))
         if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
             keep = {name: value for name, value in keep.items() if name not in ("dtype", "device", "is_initialized")}
-        vars(new).update(keep)
+        new.__dict__.update(keep)
         self.layers[layer_idx] = new
 
     def _linear_layer(self, layer_idx: int, state_idx: int) -> None:
         """Make sure that this layer can hold a linear state."""
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer())
-        have = self.layers[layer_idx]
+        have: Any = self.layers[layer_idx]
         if not isinstance(have, compat.LinearMixin):
             if have.get_seq_length():
                 self._to_hybrid(layer_idx, state_idx + 1)

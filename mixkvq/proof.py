@@ -1,7 +1,7 @@
 """Proof, before a layer is first packed, that its attention is what the kernel computes.
 
-Keys and values are still plain then. The last query row is computed again by the kernel and compared with what the model's attention
-function returned: mask, scaling, soft cap and attention sinks are measured, not assumed from a table of models.
+Keys and values are still plain then. The last query row is computed again by the kernel and compared with what the
+model's attention function returned: mask, scaling, soft cap and attention sinks are measured, not assumed from a table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .masks import rows_that_see
 
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
 
@@ -42,19 +43,6 @@ def sink_logits(module: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
     return sinks.detach().float().contiguous() if isinstance(sinks, torch.Tensor) and sinks.dim() == 1 else None
 
 
-def last_row_allows(mask: torch.Tensor | None, batch: int) -> torch.Tensor:
-    """Rows [B] whose last query may attend to enough keys to prove something."""
-    if mask is None:
-        return torch.ones(batch, dtype=torch.bool)
-    seen = allowed(mask[:, :, -1]).sum(-1).amin(1) >= MIN_KEYS
-    return seen.expand(batch)
-
-
-def allowed(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask lets a query attend. Additive masks hide by the dtype's lowest value, -inf, or -1e9."""
-    return mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e9)
-
-
 def prove(call: Any, output: torch.Tensor) -> Proof | str | None:
     """Find the variant of the kernel that gives ``output``.
 
@@ -71,7 +59,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | str | None:
     """
     query, key, value = call.query[:, :, -1:].detach(), call.key.detach(), call.value.detach()
     batch, tokens = key.shape[0], key.shape[2]
-    rows = last_row_allows(call.mask, batch) if tokens >= MIN_KEYS else torch.zeros(batch, dtype=torch.bool)
+    rows = rows_that_see(call.mask, batch, MIN_KEYS) if tokens >= MIN_KEYS else torch.zeros(batch, dtype=torch.bool)
     if output.dim() != 4 or output.shape[::2] != (batch, query.shape[1]):
         return f"{call.name} returns another layout than [batch, tokens, heads, head_dim]"
     want = output.detach()[:, -1:].float()
@@ -105,8 +93,10 @@ def _tolerance(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """How far apart two right results may be, [B]: 1e-4 or four roundings of the largest value, plus, in 16 bits, twice the error
-    that plain 16-bit attention makes in this row."""
+    """How far apart two right results may be, [B].
+
+    1e-4 or four roundings of the largest value; in 16 bits also twice the error of plain 16-bit attention in this row.
+    """
     coarsest = max((call.query.dtype, call.key.dtype, call.output_dtype), key=lambda dtype: torch.finfo(dtype).eps)
     eps = torch.finfo(coarsest).eps
     tolerance = max(1e-4, 4 * eps) * want.flatten(1).abs().amax(1).clamp(min=1e-6)
@@ -124,7 +114,9 @@ def _naive_attention(
     batch, heads, _, head_dim = query.shape
     scaling = call.arguments.get("scaling")
     grouped = query.reshape(batch, key.shape[1], -1, head_dim)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, 1, -1) * (head_dim**-0.5 if scaling is None else scaling)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, 1, -1) * (
+        head_dim**-0.5 if scaling is None else scaling
+    )
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -133,4 +125,8 @@ def _naive_attention(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(batch, -1, 1, 1)], -1)
     weights = scores.softmax(-1, torch.float32)[..., : key.shape[2]].to(dtype)
-    return torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value).view(batch, heads, 1, -1).transpose(1, 2)
+    return (
+        torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value)
+        .view(batch, heads, 1, -1)
+        .transpose(1, 2)
+    )

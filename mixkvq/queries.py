@@ -1,4 +1,4 @@
-"""What the queries of a layer look like, channel by channel: the importance I_d of the allocation (docs/format.md section 4)."""
+"""What the queries of a layer look like, channel by channel: the importance I_d of docs/format.md section 4."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class QueryStatistics:
         self.count += n * group if first is None else (n - first) * group
 
     def importance(self) -> torch.Tensor | None:
-        """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None if no query was ever seen."""
+        """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None before any query."""
         if self.sum is None or self.count is None or not bool(self.count.any()):
             return None
         mean = self.sum / self.count.clamp(min=1).view(-1, 1, 1)

@@ -48,7 +48,7 @@ class LayerReport:
     elements : int
         Elements of K and V that it holds (padding that is not stored left out).
     record_bytes, code_bytes, metadata_bytes : int
-        Of its records: in all; codes and exact channels; scales and offsets. The rest is header, channel map and alignment.
+        Of its records: in all; codes and exact channels; scales and offsets.
     record_elements : int
         Elements in its records.
     dequantizations : int
@@ -123,7 +123,9 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
         left = {1, len(_HEAD) - 1}
         lines = [
-            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
             for row in rows
         ]
         summary = (

@@ -1,8 +1,8 @@
 """`RecordTable`: the packed records of a layer and where they lie.
 
-Records are immutable and live in slabs (uint8 tensors) that are written once, at their exact size, and never copied to grow. A table
-says where record (row, head, block) is, as ``slab << 40 | offset``, so rows are reordered, selected and repeated by moving
-entries: rows with the same history share its records.
+Records are immutable and live in slabs (uint8 tensors) that are written once, at their exact size, and never copied to
+grow. A table says where record (row, head, block) is, as ``slab << 40 | offset``, so rows are reordered, selected and
+repeated by moving entries: rows with the same history share its records.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class RecordTable:
 
     def __init__(self, batch: int, heads: int, device: torch.device) -> None:
         self.slabs: list[torch.Tensor] = []
+        self._widths: list[int] = []  # bytes of a record of each slab, 0 where they differ
         self.place = torch.zeros(batch, heads, 0, dtype=torch.int64, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -57,7 +58,7 @@ class RecordTable:
             return
         flat = sizes.reshape(-1)
         slab = torch.empty(total, dtype=torch.uint8, device=staging.device)
-        _copy_records(slab, staging.reshape(-1, staging.shape[-1]), flat)
+        self._widths.append(_copy_records(slab, staging.reshape(-1, staging.shape[-1]), flat))
         places = (len(self.slabs) << SHIFT) + (flat.cumsum(0) - flat).view_as(sizes)
         self.slabs.append(slab)
         old = self.place
@@ -88,12 +89,15 @@ class RecordTable:
     def _sweep(self) -> None:
         """Drop slabs without a live record; rewrite those in which less than half of the bytes are live."""
         live, sizes = self.distinct()
-        slab_of, moved, slabs = live >> SHIFT, live.clone(), list[torch.Tensor]()
-        for index, slab in enumerate(self.slabs):
-            here = slab_of == index
-            nbytes = int(sizes[here].sum())
+        slab_of = live >> SHIFT
+        used = torch.zeros(len(self.slabs), dtype=torch.int64, device=live.device).index_add(0, slab_of, sizes).tolist()
+        if all(2 * n >= slab.numel() for n, slab in zip(used, self.slabs, strict=True)):
+            return
+        moved, slabs, widths = live.clone(), list[torch.Tensor](), list[int]()
+        for index, (slab, nbytes) in enumerate(zip(self.slabs, used, strict=True)):
             if nbytes == 0:
                 continue
+            here = slab_of == index
             offsets = live[here] & OFFSET
             if 2 * nbytes < slab.numel():
                 lengths = sizes[here]
@@ -101,19 +105,23 @@ class RecordTable:
                 slab, offsets = torch.cat(parts), lengths.cumsum(0) - lengths
             moved[here] = (len(slabs) << SHIFT) + offsets
             slabs.append(slab)
-        used = self.place >= 0
-        self.place[used] = moved[torch.searchsorted(live, self.place[used])]
-        self.slabs = slabs
+            widths.append(self._widths[index])
+        filled = self.place >= 0
+        self.place[filled] = moved[torch.searchsorted(live, self.place[filled])]
+        self.slabs, self._widths = slabs, widths
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def distinct(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of all live records, each once, ascending; and their lengths."""
         live = torch.unique(self.place[self.place >= 0])
-        sizes = [live[:0]]
-        for index, slab in enumerate(self.slabs):
-            offsets = (live[(live >> SHIFT) == index] & OFFSET) + _NBYTES
-            sizes.append(slab.view(torch.int32)[offsets // 4].to(torch.int64))
-        return live, torch.cat(sizes)
+        slab_of = live >> SHIFT
+        sizes = torch.tensor(self._widths, dtype=torch.int64, device=live.device)[slab_of]
+        for index, (slab, width) in enumerate(zip(self.slabs, self._widths, strict=True)):
+            if width == 0:
+                here = slab_of == index
+                offsets = (live[here] & OFFSET) + _NBYTES
+                sizes[here] = slab.view(torch.int32)[offsets // 4].to(torch.int64)
+        return live, sizes
 
     def record(self, row: int, head: int, block: int) -> bytes:
         """The bytes of one record."""
@@ -130,16 +138,23 @@ class RecordTable:
         return slab[offset : offset + length].numpy(force=True).tobytes()
 
 
-def _copy_records(slab: torch.Tensor, slots: torch.Tensor, sizes: torch.Tensor) -> None:
-    """Write the records at the start of ``slots`` one behind the other; slots of size 0 are empty."""
+def _copy_records(slab: torch.Tensor, slots: torch.Tensor, sizes: torch.Tensor) -> int:
+    """Write the records at the start of ``slots`` one behind the other; slots of size 0 are empty.
+
+    Returns
+    -------
+    int
+        The size of the records if it is the same for all, else 0.
+    """
     full = sizes > 0
     lengths = sizes[full]
-    if bool((lengths == lengths[0]).all()):  # the usual case: one record size per preset
-        width = int(lengths[0])
+    width = int(lengths[0])
+    if bool((lengths == width).all()):  # the usual case: one record size per preset
         used = slots[:, :width]
         slab.view(-1, width).copy_(used if bool(full.all()) else used[full])
-        return
+        return width
     offset = 0
     for slot, length in zip(slots, sizes.tolist(), strict=True):
         slab[offset : offset + length] = slot[:length]
         offset += length
+    return 0

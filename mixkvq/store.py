@@ -1,12 +1,12 @@
-"""`PackedStore`: the packed history and the exact window of one layer, as plain tensors. Nothing of transformers in here.
+"""`PackedStore`: the packed history and the exact window of one layer, as plain tensors; nothing of transformers.
 
 The tokens of batch row b, counted from its first real token (column ``start[b]``; padding before it is not stored), are
 
     sinks | packed blocks of T tokens | window
 
-Sinks and window lie in one exact buffer, ``exact[b]`` tokens, sinks first. While a window holds at least ``residual_length``
-tokens its oldest block is packed. Every row has its own start, window and number of blocks, so a row gives the same records
-alone and in a padded batch.
+Sinks and window lie in one exact buffer, ``exact[b]`` tokens, sinks first. While a window holds at least
+``residual_length`` tokens its oldest block is packed. Every row has its own start, window and number of blocks, so a
+row gives the same records alone and in a padded batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def outside_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Run with ordinary tensors and without gradients: tensors made in inference mode could not be changed outside of it."""
+    """Run without gradients and with ordinary tensors: those of inference mode cannot be changed outside of it."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -88,7 +88,13 @@ class PackedStore:
 
     @outside_autograd
     def __init__(
-        self, config: MixKVQConfig, codec: BlockCodec, start: torch.Tensor, heads: int, dtype: torch.dtype, margin: int = 0
+        self,
+        config: MixKVQConfig,
+        codec: BlockCodec,
+        start: torch.Tensor,
+        heads: int,
+        dtype: torch.dtype,
+        margin: int = 0,
     ) -> None:
         batch, device = len(start), start.device
         self.config, self.codec, self.start = config, codec, start.clone()
@@ -104,6 +110,7 @@ class PackedStore:
             self.has_mu = torch.zeros(batch, heads, dtype=torch.uint8, device=device)
         self.queries = QueryStatistics(config.salience)
         self.raised = self.length = 0
+        self._handle: Any = None
         self._recount()
 
     @classmethod
@@ -118,7 +125,7 @@ class PackedStore:
         queries: QueryStatistics | None = None,
         margin: int = 0,
     ) -> PackedStore:
-        """Take over the plain keys and values of a prompt: due blocks are packed from where they lie, the rest is copied.
+        """Take over the plain keys and values of a prompt: due blocks are packed where they lie, the rest is copied.
 
         Parameters
         ----------
@@ -155,7 +162,7 @@ class PackedStore:
 
     # ---- growing ---------------------------------------------------------------------------------------------------
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor) -> bool:
-        """Append n tokens [B, H, n, D] of the store's dtype to every row's window; whether the buffers had to grow comes back."""
+        """Append n tokens [B, H, n, D] of the store's dtype to every row's window; True if the buffers had to grow."""
         n = k_new.shape[2]
         grow = n > self._room
         if grow:
@@ -229,7 +236,7 @@ class PackedStore:
 
     def _recount(self) -> None:
         """After any change but `append`: forget the core's handle, count free and due tokens."""
-        self._handle: Any = None
+        self._handle = None
         most = int(self.exact.max()) if len(self.exact) else 0
         self._room = self.k.shape[2] - most
         self._slack = self.config.sink_length + self.config.residual_length - most
@@ -280,15 +287,13 @@ class PackedStore:
                 target[row, :, at + s + m : at + n + m] = buffer[row, :, s:n]
         return k, v
 
-    def _core(self, place: torch.Tensor | None = None, blocks: torch.Tensor | None = None) -> Any:
+    def _core(self) -> Any:
         """The core's handle: it keeps addresses, so it is made anew whenever a tensor was replaced."""
-        if place is not None:
-            return self._new_core(place, blocks)
         if self._handle is None:
-            self._handle = self._new_core(self.records.place, self.records.blocks)
+            self._handle = self._core_of(self.records.place, self.records.blocks)
         return self._handle
 
-    def _new_core(self, place: torch.Tensor, blocks: torch.Tensor | None) -> Any:
+    def _core_of(self, place: torch.Tensor, blocks: torch.Tensor) -> Any:
         sink, slabs = self.config.sink_length, self.records.slabs
         return ops.layer(self.k, self.v, self.exact, self.start, sink, slabs, place, blocks, self.mu)
 
@@ -322,7 +327,7 @@ class PackedStore:
         place = self.records.place.gather(2, column).contiguous()
         k = self.k.new_zeros(batch, heads, self.config.block_length, self.k.shape[3])
         v = torch.zeros_like(k)
-        ops.unpack(self._core(place, wanted.to(torch.int64)), k, v, torch.zeros_like(index))
+        ops.unpack(self._core_of(place, wanted.to(torch.int64)), k, v, torch.zeros_like(index))
         return k, v
 
     def _drop_references(self) -> None:
@@ -361,7 +366,11 @@ class PackedStore:
         codes = metadata = exact = 0
         for record in self.records.records():
             info = _core.inspect(record)
-            codes, metadata, exact = codes + info["code_bytes"], metadata + info["metadata_bytes"], exact + (info["kind"] == 1)
+            codes, metadata, exact = (
+                codes + info["code_bytes"],
+                metadata + info["metadata_bytes"],
+                exact + (info["kind"] == 1),
+            )
         live, sizes = self.records.distinct()
         block = 2 * self.config.block_length * self.k.shape[3]
         tokens = int(self.exact.sum() + self.blocks.sum() * self.config.block_length)

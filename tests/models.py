@@ -31,8 +31,18 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _GPTJ = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "rotary_dim": 8}
 _MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _SHAPE),
@@ -47,12 +57,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {**_SHAPE, **_MLA, **_MOE, "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
     ),
-    "qwen3_next": ("Qwen3Next", {**_SHAPE, **_EXPERTS, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**_SHAPE, **_EXPERTS, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+    ),
 }
 
 
 @lru_cache(maxsize=32)
-def tiny(family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+def tiny(
+    family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
     """A random model of a family, in eval mode; the same object for the same arguments."""
     name, fields = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**fields, **_TOKENS, **changes})
@@ -90,7 +105,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, new_tokens
 
 
 def assert_same_tokens(expected: Any, got: Any, tolerance: float = 1e-5) -> None:
-    """The same tokens, or at a row's first difference two logits (beams: scores) that are a tie within ``tolerance`` of their range."""
+    """The same tokens, or at a row's first difference a tie of logits (beams: scores): ``tolerance`` of their range."""
     if torch.equal(expected.sequences, got.sequences):
         return
     first_logit = expected.sequences.shape[1] - len(expected.logits)
@@ -109,7 +124,9 @@ def assert_same_tokens(expected: Any, got: Any, tolerance: float = 1e-5) -> None
         assert gap <= tolerance * span, f"row {row}: other tokens, and no tie: {gap} of {span}"
 
 
-def forward(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def forward(
+    model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     """Logits of one forward pass without gradients; the cache grows."""
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options).logits

@@ -11,7 +11,14 @@ from transformers import DynamicCache
 
 from mixkvq import MixKVQCache
 
-FAMILIES = [("llama", "sdpa"), ("qwen3", "eager"), ("gemma2", "eager"), ("gpt_oss", "eager"), ("phi3", "sdpa"), ("gptj", "eager")]
+FAMILIES = [
+    ("llama", "sdpa"),
+    ("qwen3", "eager"),
+    ("gemma2", "eager"),
+    ("gpt_oss", "eager"),
+    ("phi3", "sdpa"),
+    ("gptj", "eager"),
+]
 
 
 @pytest.fixture(params=FAMILIES, ids=[name for name, _ in FAMILIES])
@@ -62,7 +69,9 @@ def test_sampling(model):
     results = []
     for cache in (stock(model), lossless()):
         torch.manual_seed(3)
-        results.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=True, num_return_sequences=2))
+        results.append(
+            model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=True, num_return_sequences=2)
+        )
     assert torch.equal(*results)
 
 
@@ -70,7 +79,10 @@ def test_several_turns_on_one_cache(model):
     caches = stock(model), lossless()
     ids = [prompts([50])["input_ids"]] * 2
     for turn in range(3):
-        got = [generate(model, {"input_ids": i, "attention_mask": torch.ones_like(i)}, c, 20) for i, c in zip(ids, caches, strict=True)]
+        got = [
+            generate(model, {"input_ids": i, "attention_mask": torch.ones_like(i)}, c, 20)
+            for i, c in zip(ids, caches, strict=True)
+        ]
         assert_same_tokens(*got)
         ids = [torch.cat([got[0].sequences, prompts([30], seed=turn + 5)["input_ids"]], 1)] * 2
 
@@ -143,7 +155,10 @@ def test_custom_masks():
 
 def test_embeddings_instead_of_tokens():
     model, inputs = tiny("llama"), prompts([70, 40])
-    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(), "attention_mask": inputs["attention_mask"]}
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
     want = generate(model, embedded, DynamicCache(), 20)
     assert torch.equal(generate(model, embedded, lossless(), 20).sequences, want.sequences)
 
@@ -225,7 +240,12 @@ def test_gradients_after_packing_go_on_in_full_precision():
         model(input_ids=ids[:, 60:], past_key_values=cache).logits.sum().backward()
     assert paths(cache) == ["native", "native"] and model.lm_head.weight.grad.isfinite().all()
     model.zero_grad()
-    assert relative_gap(forward(model, cache, ids[:, :1]), forward(model, DynamicCache(), torch.cat([ids, ids[:, :1]], 1))[:, -1:]) < 1e-5
+    assert (
+        relative_gap(
+            forward(model, cache, ids[:, :1]), forward(model, DynamicCache(), torch.cat([ids, ids[:, :1]], 1))[:, -1:]
+        )
+        < 1e-5
+    )
 
 
 # ---- several at once -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`lossless` against `DynamicCache`: the same tokens, through real packed storage.
 
-The default run generates 200 tokens with Llama for every prompt length and block length, greedy and with 4 beams, and 40 tokens with Qwen2 and
-Qwen3 (sdpa and eager); ``-m slow`` runs all combinations with 200 tokens.
+The default run generates 200 tokens with Llama for every prompt length and block length, greedy and with 4 beams, and
+40 tokens with Qwen2 and Qwen3 (sdpa and eager); ``-m slow`` runs all combinations with 200 tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def test_llama(length, block, beams):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("length, block, beams", [(1, 32, 1), (100, 32, 4), (128, 128, 1), (129, 128, 4), (1000, 32, 1)])
+@pytest.mark.parametrize(
+    "length, block, beams", [(1, 32, 1), (100, 32, 4), (128, 128, 1), (129, 128, 4), (1000, 32, 1)]
+)
 def test_qwen(family, attention, length, block, beams):
     compare(family, attention, length, block, beams, 40)
 

@@ -70,7 +70,7 @@ def test_crop(preset, remove):
 
 
 def test_crop_of_everything_and_of_nothing():
-    cache, mask = filled()
+    cache, _ = filled()
     before = decoded(cache)
     cache.crop(0)
     assert all(torch.equal(a, b) for a, b in zip(decoded(cache), before, strict=True))
@@ -92,7 +92,9 @@ def test_crop_of_a_plain_cache():
     for c in (cache, expected):
         forward(model, c, inputs["input_ids"], inputs["attention_mask"])
         c.crop(-13)
-    assert all(t.untyped_storage().nbytes() == t.nbytes for layer in cache.layers for t in layer.tensors()), "memory is freed"
+    assert all(t.untyped_storage().nbytes() == t.nbytes for layer in cache.layers for t in layer.tensors()), (
+        "memory is freed"
+    )
     ids = torch.full((2, 60), 5)
     a, b = (forward(model, c, ids, torch.ones(2, 67, dtype=torch.long)) for c in (expected, cache))
     assert relative_gap(b, a) < 1e-5 and cache.layers[0].store.start.tolist() == [0, 0]
@@ -193,7 +195,10 @@ def test_no_reference_cycles():
         generate(model, prompts([60, 40]), cache, 40, num_beams=2)
         cache.crop(-3)
         cache.report()
-        held = [weakref.ref(x) for x in (cache, cache.layers[0], cache.layers[1].store, cache.layers[0].store.records.slabs[0])]
+        held = [
+            weakref.ref(x)
+            for x in (cache, cache.layers[0], cache.layers[1].store, cache.layers[0].store.records.slabs[0])
+        ]
         del cache
         assert [ref() for ref in held] == [None] * 4
     finally:

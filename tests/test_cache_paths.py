@@ -70,8 +70,12 @@ def test_compiled_models_are_right():
             cache = lossless()
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             with torch.no_grad():
-                logits = (model if eager_prefill else compiled)(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1:]
+                logits = (model if eager_prefill else compiled)(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache
+                ).logits[:, -1:]
                 for step in range(1, 10):
                     assert torch.allclose(logits[:, -1], want.logits[step - 1], atol=1e-4)
                     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-                    logits = compiled(input_ids=logits[:, -1:].argmax(-1), attention_mask=mask, past_key_values=cache).logits
+                    logits = compiled(
+                        input_ids=logits[:, -1:].argmax(-1), attention_mask=mask, past_key_values=cache
+                    ).logits

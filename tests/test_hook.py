@@ -32,7 +32,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else scores + attention_mask
+        scores = (
+            scores.masked_fill(~attention_mask, -torch.inf)
+            if attention_mask.dtype == torch.bool
+            else scores + attention_mask
+        )
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)], -1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
@@ -82,7 +86,12 @@ SINKS = torch.linspace(-1, 3, QUERY_HEADS)
 
 @pytest.mark.parametrize(
     "arguments, variant",
-    [({}, (False, False)), ({"softcap": 2.0}, (True, False)), ({"s_aux": SINKS}, (False, True)), ({"softcap": 2.0, "s_aux": SINKS}, (True, True))],
+    [
+        ({}, (False, False)),
+        ({"softcap": 2.0}, (True, False)),
+        ({"s_aux": SINKS}, (False, True)),
+        ({"softcap": 2.0, "s_aux": SINKS}, (True, True)),
+    ],
 )
 def test_what_the_function_computes_is_found_out(quiet, arguments, variant):
     layer = Layer(lossless())
@@ -234,7 +243,9 @@ def test_queries_with_gradients_get_decoded_keys():
     query = layer.draw(QUERY_HEADS, 1).requires_grad_()
     given = layer.cache.update(key, value, 0)
     with pytest.warns(UserWarning, match="gradients"):
-        output = ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), query, *given, None, scaling=0.25)[0]
+        output = ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), query, *given, None, scaling=0.25)[
+            0
+        ]
     output.sum().backward()
     assert query.grad.isfinite().all()
 
@@ -277,7 +288,9 @@ def test_a_stale_handle_is_refused_by_the_kernel_too():
     given = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
     layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
     with pytest.raises(RuntimeError, match="stale"):
-        ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0)
+        ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(
+            Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0
+        )
 
 
 # ---- installing ----------------------------------------------------------------------------------------------------
@@ -304,7 +317,10 @@ def test_without_the_hook_everything_is_decoded_and_right():
         if late:
             half = generate(model, inputs, cache, 3)
             assert paths(cache) == ["packed", "packed"]
-            grown = {"input_ids": half.sequences, "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)}
+            grown = {
+                "input_ids": half.sequences,
+                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1),
+            }
         try:
             mixkvq.uninstall()
             with warnings.catch_warnings():

@@ -18,7 +18,9 @@ HEADS, DIM = 2, 32
 PRESETS = ["default", "compact", "kivi-2", "lossless"]
 
 
-def states(batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def states(
+    batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, batch, HEADS, tokens, DIM, generator=generator).to(dtype)
     return k, v
@@ -119,9 +121,13 @@ def test_attention_equals_attention_on_the_decoded_tensors(preset):
     k, v = states(2, 400)
     store = begin(preset, k, v, start=[0, 90])
     q = torch.randn(2, 4, 5, DIM, generator=torch.Generator().manual_seed(1))
-    mask = (torch.arange(400) >= torch.tensor([0, 90]).view(2, 1, 1, 1)) & (torch.arange(400) <= torch.arange(395, 400).view(5, 1))
+    mask = (torch.arange(400) >= torch.tensor([0, 90]).view(2, 1, 1, 1)) & (
+        torch.arange(400) <= torch.arange(395, 400).view(5, 1)
+    )
     dense_k, dense_v = (t.repeat_interleave(2, 1) for t in store.read())
-    want = torch.nn.functional.scaled_dot_product_attention(q.double(), dense_k.double(), dense_v.double(), attn_mask=mask)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), dense_k.double(), dense_v.double(), attn_mask=mask
+    )
     for got in (store.attend(q, mask), store.attend(q, causal=True)):
         error = (got.transpose(1, 2) - want).norm() / want.norm()
         assert error < 1e-5
@@ -147,7 +153,9 @@ def test_crop_keeps_the_rest_and_goes_on(preset, keep):
     for has, had, new, old in zip(store.read(), before, (more_k, more_v), (k, v), strict=True):
         for row, start in enumerate((0, 129)):
             window = int(store.exact[row]) - store.config.sink_length
-            assert torch.equal(has[row, :, keep + 300 - window :], new[row, :, 300 - window :]), "the newest tokens are exact"
+            assert torch.equal(has[row, :, keep + 300 - window :], new[row, :, 300 - window :]), (
+                "the newest tokens are exact"
+            )
             once = float((had - old)[row, :, start:].norm() / old[row, :, start:].norm())
             rest = (slice(None), slice(start, keep))
             if keep > start:
@@ -247,7 +255,9 @@ def test_copies_and_pickles_are_equal_and_independent(preset):
         grow(other, *more, 0)
         other.crop(450)
         assert all(torch.equal(a, b) for a, b in zip(store.read(), before, strict=True)), "the original is untouched"
-        assert not {t.data_ptr() for t in store.tensors() if t.numel()} & {t.data_ptr() for t in other.tensors() if t.numel()}
+        assert not {t.data_ptr() for t in store.tensors() if t.numel()} & {
+            t.data_ptr() for t in other.tensors() if t.numel()
+        }
 
 
 def test_views_of_a_fused_projection_are_packed_where_they_lie_and_not_kept():
@@ -284,7 +294,9 @@ def test_buffers_grow_for_long_queries_and_shrink_back():
 def test_a_margin_keeps_more_tokens_exact(margin):
     k, v = states(1, 700)
     config = MixKVQConfig.preset("default")
-    store = PackedStore.begin(config, config.codec(DIM, "float32"), k, v, torch.zeros(1, dtype=torch.int64), None, margin)
+    store = PackedStore.begin(
+        config, config.codec(DIM, "float32"), k, v, torch.zeros(1, dtype=torch.int64), None, margin
+    )
     assert 4 + margin <= int(store.exact) < 4 + 128 + margin
     for t in range(200):
         store.append(k[:, :, t : t + 1], v[:, :, t : t + 1])

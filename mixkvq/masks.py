@@ -1,0 +1,48 @@
+"""What attention masks say: which keys a query sees, and where a padded row begins."""
+
+from __future__ import annotations
+
+import torch
+
+NO_TOKEN = 1 << 62
+"""Start of a row that has no real token yet."""
+
+
+def allowed(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask lets a query attend. Additive masks hide by the dtype's lowest value, -inf, or -1e9."""
+    return mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e9)
+
+
+def first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor:
+    """First column of every row that any of its queries may attend to.
+
+    Parameters
+    ----------
+    mask : tensor [B or 1, Q or 1, n, columns or more], optional
+    batch : int
+        B.
+    columns : int
+
+    Returns
+    -------
+    int64 tensor [B]
+        `NO_TOKEN` where there is none.
+    """
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    first = []
+    for row in mask.expand(batch, -1, -1, -1)[..., :columns]:
+        seen = allowed(row[:, -1]).any(0)
+        bound = int(seen.int().argmax()) if bool(seen.any()) else columns
+        if bound:  # columns before those of the last query may still serve an earlier one
+            earlier = allowed(row[:, :, :bound]).any(0).any(0)
+            bound = int(earlier.int().argmax()) if bool(earlier.any()) else bound
+        first.append(bound if bound < columns else NO_TOKEN)
+    return torch.tensor(first, dtype=torch.int64)
+
+
+def rows_that_see(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor:
+    """Rows (bool [B]) whose last query may attend to at least this many keys, in every head."""
+    if mask is None:
+        return torch.ones(batch, dtype=torch.bool)
+    return (allowed(mask[:, :, -1]).sum(-1).amin(1) >= keys).expand(batch)
