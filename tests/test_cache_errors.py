@@ -10,7 +10,7 @@ import torch
 from models import forward, generate, lossless, prompts, tiny
 from transformers import LlamaConfig
 
-from mixkvq import MixKVQCache, MixKVQConfig
+from mixkvq import MixKVQCache, MixKVQConfig, compat
 
 
 def states(batch=2, heads=2, tokens=5, dim=16, **options):
@@ -212,10 +212,12 @@ def test_operations_on_an_empty_cache(operation, config):
     cache = MixKVQCache(config=config and tiny(config).config)
     operation(cache)
     report = cache.report()
-    assert cache.get_seq_length() == 0 and cache.get_max_length() == -1 if cache.layers else True
+    assert cache.get_seq_length() == 0
     assert report.nbytes == report.peak_nbytes == 0 and report.true_bits == report.effective_bits == 0
     assert len(report.layers) == len(cache) == (2 if config else 0)
-    assert cache.get_mask_sizes(7, 0) == (7, 0) and not cache.is_compileable
+    assert not cache.is_compileable
+    if compat.VERSION >= (5, 8):
+        assert cache.get_mask_sizes(7, 0) == (7, 0)
     forward(tiny("llama"), cache, prompts([300])["input_ids"])
     assert cache.report().layers[0].path == "packed"
 
