@@ -368,7 +368,7 @@ mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, mkvq_error *error)
             "of the history's head_dim");
     REQUIRE(h->batch == 0 || a->first, MKVQ_E_NULL, "first", 0, "an address");
     for (int64_t b = 0; b < h->batch; b++)
-        REQUIRE(a->first[b] >= 0 && a->first[b] + history_tokens(h, b) <= a->k.shape[2],
+        REQUIRE(a->first[b] >= 0 && a->first[b] <= a->k.shape[2] - history_tokens(h, b),
                 MKVQ_E_SPACE, "first", a->first[b], "such that all blocks fit into k and v");
     return MKVQ_OK;
 }
@@ -390,7 +390,7 @@ mkvq_status mkvq_check_append(const mkvq_append_args *a, mkvq_error *error)
             "v_new", a->v_new.shape[2], "of as many tokens as k_new");
     REQUIRE(a->exact || a->k.shape[0] == 0, MKVQ_E_NULL, "exact", 0, "an address");
     for (int64_t b = 0; b < a->k.shape[0]; b++)
-        REQUIRE(a->exact[b] >= 0 && a->exact[b] + a->k_new.shape[2] <= a->k.shape[2], MKVQ_E_SPACE,
+        REQUIRE(a->exact[b] >= 0 && a->exact[b] <= a->k.shape[2] - a->k_new.shape[2], MKVQ_E_SPACE,
                 "exact", a->exact[b], "such that the new tokens fit into the buffer");
     return MKVQ_OK;
 }
@@ -439,7 +439,7 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
         const int64_t total = a->exact[b] + history_tokens(h, b),
                       start = a->start ? a->start[b] : 0;
         REQUIRE(start >= 0, MKVQ_E_VALUE, "start", start, "not negative");
-        REQUIRE(a->mask_kind != MKVQ_MASK_ARRAY || start + total <= a->mask.shape[3], MKVQ_E_SHAPE,
+        REQUIRE(a->mask_kind != MKVQ_MASK_ARRAY || start <= a->mask.shape[3] - total, MKVQ_E_SHAPE,
                 "mask", a->mask.shape[3], "as wide as start plus all tokens of the row");
     }
     return MKVQ_OK;

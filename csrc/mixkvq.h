@@ -248,6 +248,7 @@ typedef struct {
     mkvq_status (*append)(const mkvq_append_args *, mkvq_error *);
     mkvq_status (*attend)(const mkvq_attend_args *, mkvq_error *);
     void (*set_executor)(mkvq_executor); /* the one that mixkvq._core passes to the core */
+    mkvq_executor (*executor)(void);     /* that one, within MIXKVQ_NUM_THREADS; NULL: none */
 } mkvq_api;
 
 #ifdef __cplusplus

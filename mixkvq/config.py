@@ -81,14 +81,16 @@ class MixKVQConfig:
     sink_length : int
         First tokens of every row kept exact for ever.
     residual_length : int
-        R: newest tokens kept exact; when the window reaches R tokens its oldest block is packed. At least ``block_length``.
+        R: newest tokens kept exact; when the window reaches R tokens its oldest block is packed. At least
+        ``block_length``.
     block_length : int
         Tokens packed at once. Coded blocks: a multiple of 32 and of ``key_group_size``, at most 1024.
     allocate : {"patterns", "threshold", "exact"}
-        How key channels get their bits: by the best pattern of a menu, by thresholds on A_d (arXiv 2512.19206, section 4),
-        or all exact, keys and values (``lossless``).
-    key_patterns : tuple of {bits: channels}
-        The menu, each entry for 64 channels; bits in {1, 2, 3, 4, 8, 16}, 16 meaning exact.
+        How key channels get their bits: by the best pattern of a menu, by thresholds on A_d (arXiv 2512.19206,
+        section 4), or all exact, keys and values (``lossless``).
+    key_patterns : tuple of tuples of (bits, channels)
+        The menu, each entry for 64 channels; bits in {1, 2, 3, 4, 8, 16}, 16 meaning exact. A pattern may be given as a
+        mapping ``{bits: channels}``.
     pattern_cost : {"model", "measured"}
         Expected error of a pattern: from the channel's variance, or by coding it.
     thresholds : (float, float)
@@ -120,7 +122,9 @@ class MixKVQConfig:
     residual_length: int = 128
     block_length: int = 128
     allocate: str = "patterns"
-    key_patterns: tuple[Mapping[int, int], ...] = field(default_factory=lambda: PRESETS["default"]["key_patterns"])
+    key_patterns: tuple[tuple[tuple[int, int], ...], ...] = field(
+        default_factory=lambda: PRESETS["default"]["key_patterns"]
+    )
     pattern_cost: str = "model"
     thresholds: tuple[float, float] = (1.44, 0.79)
     key_range: str = "search"
@@ -137,7 +141,7 @@ class MixKVQConfig:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed or isinstance(value, bool):
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
                 raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}")
         exact = self.allocate == "exact"
         self._integer("sink_length", 0, None, 1)
@@ -164,23 +168,34 @@ class MixKVQConfig:
             raise ValueError(f"{name} is {value}, must be {multiple}from {low}{upper}{f' ({rule})' if rule else ''}")
 
     @staticmethod
-    def _patterns(patterns: Any) -> tuple[dict[int, int], ...]:
+    def _patterns(patterns: Any) -> tuple[tuple[tuple[int, int], ...], ...]:
         if isinstance(patterns, Mapping):
             patterns = (patterns,)
-        menu = tuple({int(bits): int(n) for bits, n in p.items()} for p in patterns)
+        try:
+            menu = [dict(pattern) for pattern in patterns]
+            numbers = [n for pattern in menu for pair in pattern.items() for n in pair]
+        except (TypeError, ValueError):
+            menu, numbers = [], [None]
+        if not all(type(n) is int for n in numbers):
+            raise TypeError(f"key_patterns is {patterns!r}, must be patterns such as {{4: 32, 2: 32}} in whole numbers")
         if not 1 <= len(menu) <= MAX_PATTERNS:
             raise ValueError(f"key_patterns has {len(menu)} entries, must have 1 to {MAX_PATTERNS}")
-        for p in menu:
-            for bits in p:
+        for pattern in menu:
+            for bits in pattern:
                 if bits not in TIER_BITS:
-                    raise ValueError(f"key_patterns: {bits} bits in {p}, must be one of {', '.join(map(str, TIER_BITS))}")
-            if sum(p.values()) != 64 or min(p.values()) < 0:
-                raise ValueError(f"key_patterns: {p} must split 64 channels, it splits {sum(p.values())}")
-        return menu
+                    raise ValueError(
+                        f"key_patterns: {bits} bits in {pattern}, must be one of {', '.join(map(str, TIER_BITS))}"
+                    )
+            if sum(pattern.values()) != 64 or min(pattern.values()) < 0:
+                raise ValueError(f"key_patterns: {pattern} must split 64 channels, it splits {sum(pattern.values())}")
+        return tuple(tuple(sorted(pattern.items(), reverse=True)) for pattern in menu)
 
     @staticmethod
     def _thresholds(pair: Any) -> tuple[float, float]:
-        high, low = (float(x) for x in pair)
+        try:
+            high, low = (float(x) for x in pair)
+        except (TypeError, ValueError):
+            raise TypeError(f"thresholds is {pair!r}, must be a pair of numbers (high, low)") from None
         if not (0 <= low <= high < float("inf")):
             raise ValueError(f"thresholds is ({high}, {low}), must be finite (high, low) with high >= low >= 0")
         return high, low
@@ -263,7 +278,7 @@ class MixKVQConfig:
             value_range=self.value_range,
             value_rotation=self.value_basis == "hadamard" and self.value_bits != 16,
             pattern_cost=self.pattern_cost,
-            patterns=tuple(scale_counts(counts_of(p), head_dim) for p in self.key_patterns),
+            patterns=tuple(scale_counts(counts_of(dict(p)), head_dim) for p in self.key_patterns),
             threshold_high=self.thresholds[0],
             threshold_low=self.thresholds[1],
         )

@@ -19,6 +19,7 @@ import torch
 from . import compat
 from .handle import KEYS, VALUES, PackedHandle
 from .layer import DEQUANTIZED, NATIVE, PLAIN, MixKVQLayer
+from .masks import reveals_padding
 from .proof import prove, sink_logits
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ class Tag:
         self.cache, self.index, self.epoch = weakref.ref(cache), index, epoch
 
 
-@functools.lru_cache(maxsize=256)
 def _name(function: Attention) -> str:
     module = getattr(function, "__module__", "").rpartition(".")[2]
     return f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"
@@ -157,8 +157,16 @@ def _packed_call(call: Call) -> Any:
     layer = key.layer
     paired = isinstance(value, PackedHandle) and value.layer is layer and (key.which, value.which) == (KEYS, VALUES)
     reason = call.packed_refusal(layer) if paired else "keys and values do not come from one layer"
+    trouble = (
+        None if reason is None else f"keys and values are decoded for a call that the kernel cannot serve: {reason}"
+    )
     if reason is None:
         assert layer.store is not None and layer.proof is not None
+        if reveals_padding(call.mask, layer.store.start, layer.store.padding):
+            trouble = (
+                "attention_mask shows columns that were hidden as padding when the cache was filled; they are not "
+                "stored and stay hidden: pass the same padding in every call"
+            )
         output = layer.store.attend(
             call.query,
             call.mask,
@@ -168,7 +176,6 @@ def _packed_call(call: Call) -> Any:
         )
         result: Any = (output, None)
     else:
-        layer.ledger.warn(f"keys and values are decoded for a call that the kernel cannot serve: {reason}")
         plain = (
             layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
         )
@@ -176,6 +183,8 @@ def _packed_call(call: Call) -> Any:
     if layer.store is not None and key.epoch == layer.epoch and call._query_refusal(layer) is None:
         layer.observe(call.query, call.mask)
         layer.pack()
+    if trouble:  # last: under -W error a warning is an exception
+        layer.ledger.warn(trouble)
     return result
 
 
@@ -196,9 +205,10 @@ def _plain_call(tag: Tag, call: Call) -> Any:
         layer.observe(call.query, call.mask)
     if layer.mode == PLAIN and layer.ready():
         layer.decide(call.refusal(layer) or _prove(call, result))
-        if layer.mode == DEQUANTIZED:
-            layer.ledger.warn(f"keys and values are decoded in every step: {layer.reason}")
+    fallen = layer.mode == DEQUANTIZED and layer.store is None
     layer.pack()
+    if fallen:  # last: under -W error a warning is an exception
+        layer.ledger.warn(f"keys and values are decoded in every step: {layer.reason}")
     return result
 
 
@@ -210,7 +220,6 @@ def _prove(call: Call, result: Any) -> Any:
     return prove(call, output)
 
 
-@functools.lru_cache(maxsize=256)
 def _wrap(function: Attention) -> Attention:
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -221,6 +230,9 @@ def _wrap(function: Attention) -> Attention:
         return function(*args, **kwargs) if tag is None else _plain_call(tag, Call.bind(function, args, kwargs))
 
     return attention
+
+
+_wrap_once = functools.lru_cache(maxsize=256)(_wrap)
 
 
 # ---- installing ----------------------------------------------------------------------------------------------------
@@ -241,7 +253,12 @@ def install() -> None:
         @functools.wraps(original)
         def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(self, *args, **kwargs)
-            return function if torch.compiler.is_compiling() else _wrap(function)
+            if torch.compiler.is_compiling():
+                return function
+            try:
+                return _wrap_once(function)
+            except TypeError:  # a callable that cannot be hashed
+                return _wrap(function)
 
         setattr(owner, name, lookup)
 

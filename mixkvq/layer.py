@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import compat
+from .autograd import outside_autograd
 from .config import MixKVQConfig
 from .handle import KEYS, VALUES, PackedHandle
 from .masks import NO_TOKEN, first_columns
@@ -21,7 +22,7 @@ from .proof import Proof
 from .queries import QueryStatistics
 from .report import LayerReport, Ledger, held_bytes
 from .states import check_continues, check_states, codec_of, common_dtype, obstacle, own
-from .store import PackedStore, outside_autograd
+from .store import PackedStore
 
 PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
 _INVISIBLE = (
@@ -136,8 +137,12 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
-            # aliases: what is handed out gets tagged, and a tag must not become part of the layer
-            self._k, self._v = (t.view_as(t) if t.requires_grad else t.detach() for t in (key, value))
+            # What is handed out gets tagged, and a tag must not become part of the layer. Aliases of what is packed as
+            # soon as attention has run; copies of what stays: the caller may use its tensors again, as with DynamicCache.
+            soon = self.mode != NATIVE and self.length >= self._threshold
+            self._k, self._v = (
+                t.view_as(t) if t.requires_grad else t.detach() if soon else t.detach().clone() for t in (key, value)
+            )
             self._account()
             return key, value
         self._k, self._v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)
@@ -161,15 +166,19 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     # ---- choosing the path -----------------------------------------------------------------------------------------
     def ready(self) -> bool:
         """Whether a plain layer has enough tokens to pack, and every row a real one."""
-        threshold = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length + self._margin
-        if self.mode == NATIVE or self._k is None or self.length < threshold:
+        if self.mode == NATIVE or self._k is None or self.length < self._threshold:
             return False
         if self._start is None:
             return True
         if int(self._start.max()) == NO_TOKEN:
             self.reason = "nothing packed yet: a batch row has no real token"
             return False
-        return self.length - int(self._start.min()) >= threshold
+        return self.length - int(self._start.min()) >= self._threshold
+
+    @property
+    def _threshold(self) -> int:
+        """Tokens of a row from which on it has a block to pack."""
+        return self.mixkvq_config.sink_length + self.mixkvq_config.residual_length + self._margin
 
     @property
     def _margin(self) -> int:
@@ -178,12 +187,14 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def overlooked(self) -> None:
         """The tensors handed out last never reached the hook: once packing is due, go on with decoded tensors."""
-        if self.mode == PLAIN and self.waiting and self.ready():
+        fallen = self.mode == PLAIN and self.waiting and self.ready()
+        if fallen:
             self.mode, self.reason = DEQUANTIZED, _INVISIBLE
-            self.ledger.warn(_INVISIBLE)
         if self.mode == DEQUANTIZED and self.waiting:
             self.pack()
         self.waiting = False
+        if fallen:  # last: under -W error a warning is an exception
+            self.ledger.warn(_INVISIBLE)
 
     def decide(self, verdict: Proof | str | None) -> None:
         """Choose the path by what `proof.prove` found."""
@@ -197,10 +208,13 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Keep everything in full precision from now on."""
         if self.store is not None:
             self._k, self._v = self.decode()
-            self.store = None
-            self.ledger.warn(f"a layer went from packed to full precision: {reason}")
+            self.store, fallen = None, True
+        else:
+            fallen = False
         self.mode, self.reason = NATIVE, reason
         self._account()
+        if fallen:
+            self.ledger.warn(f"a layer went from packed to full precision: {reason}")
 
     def observe(self, query: torch.Tensor, mask: torch.Tensor | None) -> None:
         """See one attention call: where rows begin, and what their queries look like.

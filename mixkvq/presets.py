@@ -1,7 +1,7 @@
 """The named presets: a system is one record of fields (see `mixkvq.config.MixKVQConfig` for their meaning).
 
-Key patterns are ``{bits: channels}`` per 64 channels. The menus of `default` and `compact` were chosen by the KL divergence they give
-on real models; every entry of a menu fills the same number of u32 columns, hence one record size per preset.
+Key patterns are ``{bits: channels}`` per 64 channels. The menus of `default` and `compact` were chosen by the KL
+divergence they give on real models; every entry of a menu fills the same number of u32 columns, hence one record size.
 """
 
 from __future__ import annotations
@@ -70,5 +70,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_metadata": "fp16",
         "value_basis": "identity",
     },
-    "lossless": {"sink_length": 0, "residual_length": 128, "block_length": 128, "allocate": "exact", "salience": "none"},
+    "lossless": {
+        "sink_length": 0,
+        "residual_length": 128,
+        "block_length": 128,
+        "allocate": "exact",
+        "salience": "none",
+    },
 }

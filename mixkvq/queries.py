@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import ops
+from .autograd import outside_autograd
 
 _POWER = {"mean_abs": 1, "rms": 2}
 
@@ -60,6 +61,7 @@ class QueryStatistics:
         known = (self.count.view(-1, 1, 1) > 0) & value.isfinite()
         return torch.where(known, value, 1.0).contiguous()
 
+    @outside_autograd
     def gather(self, rows: torch.Tensor) -> None:
         """Keep these batch rows, in this order."""
         if self.sum is not None and self.count is not None:

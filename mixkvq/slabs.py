@@ -15,7 +15,7 @@ import torch
 SHIFT = 40
 OFFSET = (1 << SHIFT) - 1
 ALIGNMENT = 64
-_NBYTES = 20  # where the record header has its length, docs/format.md section 1
+_KIND, _NBYTES = 5, 20  # where the record header has its kind and length, docs/format.md section 1
 
 
 class RecordTable:
@@ -122,6 +122,14 @@ class RecordTable:
                 offsets = (live[here] & OFFSET) + _NBYTES
                 sizes[here] = slab.view(torch.int32)[offsets // 4].to(torch.int64)
         return live, sizes
+
+    def any_coded(self) -> torch.Tensor:
+        """bool [B, H]: whether a head has a coded record."""
+        coded = torch.zeros_like(self.place, dtype=torch.bool)
+        for index, slab in enumerate(self.slabs):
+            here = (self.place >= 0) & (self.place >> SHIFT == index)
+            coded[here] = slab[(self.place[here] & OFFSET) + _KIND] == 0
+        return coded.any(-1)
 
     def record(self, row: int, head: int, block: int) -> bytes:
         """The bytes of one record."""

@@ -11,13 +11,12 @@ row gives the same records alone and in a padded batch.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from . import _core, ops
+from .autograd import outside_autograd
 from .config import BlockCodec, MixKVQConfig
 from .queries import QueryStatistics
 from .slabs import RecordTable
@@ -25,20 +24,6 @@ from .slabs import RecordTable
 STAGING_BYTES = 8 << 20
 SLAB_COLUMNS = 16  # block columns (one block of every row and head) per slab, at most
 GROWTH = 64  # exact buffers grow to a multiple of this, and shrink back when they are flushed
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def outside_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Run without gradients and with ordinary tensors: those of inference mode cannot be changed outside of it."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 class StoreTotals(NamedTuple):
@@ -84,6 +69,8 @@ class PackedStore:
         Raised scales in all blocks packed so far.
     length : int
         Columns seen, padding included.
+    padding : int
+        Largest start: columns below it are hidden from some row for good.
     """
 
     @outside_autograd
@@ -240,6 +227,7 @@ class PackedStore:
         most = int(self.exact.max()) if len(self.exact) else 0
         self._room = self.k.shape[2] - most
         self._slack = self.config.sink_length + self.config.residual_length - most
+        self.padding = int(self.start.max()) if len(self.start) else 0
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def attend(
@@ -331,9 +319,9 @@ class PackedStore:
         return k, v
 
     def _drop_references(self) -> None:
-        """A row without blocks starts over with its key reference."""
+        """A head without a coded record starts over with its key reference."""
         if self.has_mu is not None:
-            self.has_mu[self.records.blocks == 0] = 0
+            self.has_mu[~self.records.any_coded()] = 0
 
     @outside_autograd
     def gather(self, rows: torch.Tensor) -> None:

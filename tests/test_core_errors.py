@@ -116,7 +116,14 @@ def test_salience_arguments(name, change):
 
 def test_damaged_records_are_refused_everywhere():
     records, mu, _ = reference.pack_head(CODEC, K[0, 0], K[0, 0])
-    for at, value, name in ((0, 0, "not a MixKVQ record"), (4, 2, "version"), (20, 64, "nbytes"), (7, 5, "value_bits"), (10, 128, "nbytes")):
+    damage = (
+        (0, 0, "not a MixKVQ record"),
+        (4, 2, "version"),
+        (20, 64, "nbytes"),
+        (7, 5, "value_bits"),
+        (10, 128, "nbytes"),
+    )
+    for at, value, name in damage:
         bad = bytearray(records[1])
         bad[at] = value
         with pytest.raises(ValueError, match=name):

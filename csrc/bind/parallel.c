@@ -1,4 +1,4 @@
-/* parallel.c - who runs the core's loops: torch's intra-op pool once mixkvq.ops has found it, else
+/* parallel.c - who runs the core's loops: torch's intra-op pool once mixkvq.torch_module has found it, else
  * the calling thread.
  *
  * The pool is reached through a C function of libtorch, torch_parallel_for, given by address: no

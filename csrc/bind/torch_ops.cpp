@@ -173,7 +173,7 @@ void salience_(Tensor sum, const Tensor q, int64_t kv_heads, int64_t power, cons
     a.kv_heads = static_cast<int32_t>(kv_heads), a.power = static_cast<int32_t>(power);
     a.first = dense<int64_t>(first, "first", ScalarType::Long, {a.q.shape[0]});
     a.sum = dense<double>(sum, "sum", ScalarType::Double, {a.q.shape[0], kv_heads, a.q.shape[3]});
-    a.executor = torch_executor;
+    a.executor = api->executor();
     check(api->salience(&a, &error), error);
 }
 
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor k, const Tensor v,
     a.out = static_cast<uint8_t *>(out.data_ptr()), a.out_stride = bound;
     a.sizes = static_cast<int64_t *>(sizes.data_ptr());
     a.raised = static_cast<int64_t *>(raised.data_ptr());
-    a.executor = torch_executor;
+    a.executor = api->executor();
     check(api->pack(&a, &error), error);
     return {out, sizes, raised};
 }
@@ -217,7 +217,7 @@ void unpack(const std::vector<Tensor> slabs, const Tensor place, const Tensor bl
     const History history(slabs, place, blocks, mu, a.k);
     a.history = &history.c;
     a.first = dense<int64_t>(first, "first", ScalarType::Long, {a.k.shape[0]});
-    a.executor = torch_executor;
+    a.executor = api->executor();
     check(api->unpack(&a, &error), error);
 }
 
@@ -251,7 +251,7 @@ Tensor attend(const Tensor q, const std::vector<Tensor> slabs, const Tensor plac
         a.mask = mask_view(*mask, a.q);
     a.scaling = static_cast<float>(scaling), a.softcap = static_cast<float>(softcap);
     a.sink_logits = dense<float>(sink_logits, "sink_logits", ScalarType::Float, {h});
-    a.executor = torch_executor;
+    a.executor = api->executor();
     const Tensor rows = torch::stable::new_empty(q, {b, n, h, d});
     const Tensor out = torch::stable::transpose(rows, 1, 2);
     a.out = view(out, "out");

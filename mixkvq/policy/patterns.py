@@ -1,13 +1,13 @@
 """Patterns: how many channels of a head get how many bits, scaled to any head_dim.
 
-A preset states its menu for 64 channels in whole u32 columns (docs/format.md section 3.2). Multiples of 64 scale exactly; for the
-others the nearest split that wastes no column entry is searched, so that a menu keeps one record size.
+A preset states its menu for 64 channels in whole u32 columns (docs/format.md section 3.2). Multiples of 64 scale
+exactly; for the others the nearest split with as many columns is searched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 
 TIER_BITS = (1, 2, 3, 4, 8, 16)
 """Bits of the tier ids 0 ... 5; 16 stands for the exact tier, whatever the model's dtype."""
@@ -24,7 +24,7 @@ def counts_of(pattern: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(pattern.get(bits, 0) for bits in TIER_BITS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def scale_counts(counts: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
     """The split of ``head_dim`` channels nearest to ``counts`` (which splits 64).
 
@@ -38,9 +38,9 @@ def scale_counts(counts: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        Channels per tier id, summing to ``head_dim``: among the splits with the fewest columns that are at least the pattern's
-        bits (rounded up to a column), the one with the smallest sum of absolute differences; ties take more bits for the
-        upper tiers.
+        Channels per tier id, summing to ``head_dim``: of the splits whose number of columns is nearest to the pattern's
+        share (rounded up to a column), the one with the smallest sum of absolute differences; ties take more
+        channels in the upper tiers.
     """
     if head_dim % 64 == 0:
         return tuple(n * head_dim // 64 for n in counts)
