@@ -29,7 +29,7 @@ test: $(DONE)/package
 	$(BIN)/python -P -m pytest $(TESTFLAGS)
 
 slow: $(DONE)/package $(DONE)/model
-	$(BIN)/python -P -m pytest -m slow $(TESTFLAGS)
+	$(BIN)/python -P -m pytest -m "slow and not exhaustive" $(TESTFLAGS)
 
 lint: $(DONE)/lint
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
             # What is handed out gets tagged, and a tag must not become part of the layer. Aliases of what is packed as
-            # soon as attention has run; copies of what stays: the caller may use its tensors again, as with DynamicCache.
+            # soon as attention has run; copies of what stays, since the caller may use its tensors again.
             soon = self.mode != NATIVE and self.length >= self._threshold
             self._k, self._v = (
                 t.view_as(t) if t.requires_grad else t.detach() if soon else t.detach().clone() for t in (key, value)
