@@ -1,7 +1,7 @@
 """A real model: SmolLM2-135M-Instruct from its wheel, on the documentation that every Python has.
 
-``-m "slow and not exhaustive"`` runs a part of the lossless grid, ``-m slow`` all of it, 200 tokens each. Skipped where the
-wheel or what loads it is absent.
+``-m "slow and not exhaustive"`` runs a part of the lossless grid, ``-m slow`` all of it, 200 tokens each. Skipped where
+the wheel or what loads it is absent.
 """
 
 # ruff: noqa: E402  (imports follow the skip where an optional package is absent)

@@ -6,37 +6,38 @@ from typing import Any
 
 from .errors import CliError
 
-# One after the other they read like a chapter; the first is the manual of pdb, 5200 tokens of SmolLM2 on Python 3.11.
-TOPICS = ("debugger", "execmodel", "import", "try", "with", "async", "exceptions", "compound", "specialnames")
+TOPICS = ("compound", "execmodel", "import", "exceptions", "debugger")
+_END = "The module defines the following functions"  # of the manual of pdb: its introduction comes before, a list follows
 INTRODUCTION = "Read this page of the Python documentation.\n\n"
-QUESTION = "How do I run a script under the debugger from the command line?"
+QUESTION = "How do I start the debugger from inside my program?"
 
 
 def documentation() -> str:
-    """The documentation topics `TOPICS`, joined."""
+    """The language reference on statements, the execution model, imports and exceptions, and how to use the debugger."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
+    text = "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
+    return text[: text.rfind(_END)].rstrip() if _END in text else text
 
 
 def text_ids(tokenizer: Any, tokens: int) -> list[int]:
-    """The first `tokens` token ids of `documentation`.
+    """The last `tokens` token ids of `documentation`.
 
     Raises
     ------
     CliError
         When the text is shorter than that.
     """
-    ids: list[int] = tokenizer(documentation(), add_special_tokens=False)["input_ids"][:tokens]
+    ids: list[int] = tokenizer(documentation(), add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:
         raise CliError(f"--tokens is {tokens}, must be at most {len(ids)}: that is all the text there is")
-    return ids
+    return ids[len(ids) - tokens :]
 
 
 def excerpt(tokenizer: Any, tokens: int) -> str:
-    """The beginning of `documentation`, at most `tokens` tokens long, cut between paragraphs."""
+    """The end of `documentation`, at most `tokens` tokens long, from the beginning of a paragraph on."""
     text: str = tokenizer.decode(text_ids(tokenizer, tokens))
-    return text.rsplit("\n\n", 1)[0]
+    return text.split("\n\n", 1)[-1]
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
