@@ -1,5 +1,5 @@
-/* parallel.c - who runs the core's loops: torch's intra-op pool once mixkvq.torch_module has found it, else
- * the calling thread.
+/* parallel.c - who runs the core's loops: torch's intra-op pool once mixkvq.torch_module has found
+ * it, else the calling thread.
  *
  * The pool is reached through a C function of libtorch, torch_parallel_for, given by address: no
  * torch header, no C++, and no second pool in the process. MIXKVQ_NUM_THREADS caps the number of
