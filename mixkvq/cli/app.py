@@ -36,7 +36,7 @@ def _info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
 def _demo(
     model: Annotated[str, _MODEL] = SMOLLM2,
     preset: Annotated[str, _PRESET] = "default",
-    tokens: Annotated[int, typer.Option(help="Tokens of documentation to read.")] = 5100,
+    tokens: Annotated[int, typer.Option(help="Tokens of documentation to read.")] = 5300,
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
     prefill: Annotated[int, typer.Option(help="Tokens read at once before the comparison starts.")] = 1536,
     threads: Annotated[int | None, _THREADS] = None,

@@ -26,7 +26,7 @@ class DemoOptions:
 
     model: str = SMOLLM2
     preset: str = "default"
-    tokens: int = 5100
+    tokens: int = 5300
     new_tokens: int = 128
     prefill: int = 1536
     threads: int | None = None

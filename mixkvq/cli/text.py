@@ -6,38 +6,37 @@ from typing import Any
 
 from .errors import CliError
 
-TOPICS = ("compound", "execmodel", "import", "exceptions", "debugger")
-_END = "The module defines the following functions"  # of the manual of pdb: its introduction comes before, a list follows
+# One after the other they read like a chapter; the first is the manual of pdb, 5200 tokens of SmolLM2 on Python 3.11.
+TOPICS = ("debugger", "execmodel", "import", "try", "with", "async", "exceptions", "compound", "specialnames")
 INTRODUCTION = "Read this page of the Python documentation.\n\n"
-QUESTION = "How do I start the debugger from inside my program?"
+QUESTION = "How do I run a script under the debugger from the command line?"
 
 
 def documentation() -> str:
-    """The language reference on statements, the execution model, imports and exceptions, and how to use the debugger."""
+    """The documentation topics `TOPICS`, joined."""
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
-    return text[: text.rfind(_END)].rstrip() if _END in text else text
+    return "\n\n".join(topics[name].strip() for name in TOPICS if name in topics)
 
 
 def text_ids(tokenizer: Any, tokens: int) -> list[int]:
-    """The last `tokens` token ids of `documentation`.
+    """The first `tokens` token ids of `documentation`.
 
     Raises
     ------
     CliError
         When the text is shorter than that.
     """
-    ids: list[int] = tokenizer(documentation(), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(documentation(), add_special_tokens=False)["input_ids"][:tokens]
     if len(ids) < tokens:
         raise CliError(f"--tokens is {tokens}, must be at most {len(ids)}: that is all the text there is")
-    return ids[len(ids) - tokens :]
+    return ids
 
 
 def excerpt(tokenizer: Any, tokens: int) -> str:
-    """The end of `documentation`, at most `tokens` tokens long, from the beginning of a paragraph on."""
+    """The beginning of `documentation`, at most `tokens` tokens long, cut between paragraphs."""
     text: str = tokenizer.decode(text_ids(tokenizer, tokens))
-    return text.split("\n\n", 1)[-1]
+    return text.rsplit("\n\n", 1)[0]
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
