@@ -110,6 +110,7 @@ def test_records_equal_the_oracle(isa, seed, codec, heads, blocks, troubles, poi
     random_pack(seed, codec, heads, blocks, troubles, poison)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @examples(3000, fixed=False)
 @given(
