@@ -11,8 +11,11 @@ TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: Path, *, chat: bool = True) -> Path:
-    """Random Llama: 2 layers, 4 query and 2 KV heads, head_dim 16, a vocabulary of words. Returns `folder`."""
+def save_tiny_model(folder: Path, *, chat: bool = True, unused_tokens: int = 0) -> Path:
+    """Random Llama: 2 layers, 4 query and 2 KV heads, head_dim 16, a vocabulary of words. Returns `folder`.
+
+    The model never says one of the `unused_tokens`; they make its weights 512 bytes larger each.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,7 +28,7 @@ def save_tiny_model(folder: Path, *, chat: bool = True) -> Path:
         tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(vocabulary) + unused_tokens,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -38,6 +41,8 @@ def save_tiny_model(folder: Path, *, chat: bool = True) -> Path:
         bos_token_id=None,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[len(vocabulary) :] = 0  # some word always has a larger logit
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -71,6 +71,16 @@ def test_missing_wheel_is_said_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_peak_memory_leaves_the_weights_out(tmp_path: Path) -> None:
+    """They are mapped from their file, so that the first pass, not loading, makes the output matrix resident."""
+    model = str(save_tiny_model(tmp_path, unused_tokens=200_000))
+    job = Job("answer", model, "float32", None, tokens=300, threads=1, new_tokens=4)
+    result = dict(run(job))["result"]
+    if result["answer"].peak_extra_bytes is None:
+        pytest.skip("this system does not let a process reset its memory mark")
+    assert result["answer"].peak_extra_bytes < 25e6  # the output matrix alone has 51 MB
+
+
 def test_errors_cross_the_process_border(tmp_path: Path) -> None:
     job = Job("answer", str(tmp_path / "nowhere"), "float32", None, tokens=10, threads=1, new_tokens=2)
     with pytest.raises(CliError, match=r"--model is .*nowhere"):

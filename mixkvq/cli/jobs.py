@@ -117,6 +117,8 @@ def perform(job: Job, emit: Any) -> dict[str, Any]:
         cache = MixKVQCache(job.preset, config=model.config)
     if job.kind == "answer":
         ids = question_ids(tokenizer, job.tokens)
+        with torch.inference_mode():  # weights are mapped from their file: the first pass brings them into memory
+            model(ids[:, :16], use_cache=False)
         result = answer(model, tokenizer, ids, cache, emit, max_new_tokens=job.new_tokens, do_sample=False)
         bits = cache_bits(cache) if job.preset else None
         return {"answer": result, "bits": bits, "bf16_bytes": bf16_nbytes(model.config, result.cache_tokens)}
