@@ -24,7 +24,7 @@ def _memory(axes: Any, trace: Sequence[tuple[int, int, int]], dtype: str, preset
         + (f", {exact[-1] / 2 / ours[-1]:.1f} times less than bfloat16" if dtype == "float32" else ""),
         (tokens[-1], ours[-1] / unit),
         textcoords="offset points",
-        xytext=(0, 10),
+        xytext=(-8, 10),
         ha="right",
         color=OURS,
     )
