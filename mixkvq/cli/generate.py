@@ -76,7 +76,7 @@ def generate(prompt: str, options: GenerateOptions) -> str:
     result = answer(model, tokenizer, ids, cache, show, max_new_tokens=options.max_new_tokens, **sampling)
     print(flush=True)
     if options.report:
-        Console(stderr=True).print(str(cache.report()), markup=False, highlight=False)
+        Console(stderr=True).print(str(cache.report()), markup=False, highlight=False, soft_wrap=True)
         rates = f"prompt {result.prompt_rate:.0f} tokens/s, decoding {result.decode_rate:.1f} tokens/s"
         Console(stderr=True).print(rates, highlight=False)
     return result.text
