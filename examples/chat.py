@@ -12,7 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from mixkvq import MixKVQCache
-from mixkvq.cli.models import load
+from mixkvq.eval.models import load
 
 
 def main(name: str = "smollm2", preset: str = "default") -> None:

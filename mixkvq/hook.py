@@ -220,7 +220,7 @@ def _prove(call: Call, result: Any) -> Any:
     return prove(call, output)
 
 
-def _wrap(function: Attention) -> Attention:
+def wrap(function: Attention) -> Attention:
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
         key = args[2] if len(args) > 2 else kwargs.get("key")
@@ -232,7 +232,7 @@ def _wrap(function: Attention) -> Attention:
     return attention
 
 
-_wrap_once = functools.lru_cache(maxsize=256)(_wrap)
+_wrap_once = functools.lru_cache(maxsize=256)(wrap)
 
 
 # ---- installing ----------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def install() -> None:
             try:
                 return _wrap_once(function)
             except TypeError:  # a callable that cannot be hashed
-                return _wrap(function)
+                return wrap(function)
 
         setattr(owner, name, lookup)
 

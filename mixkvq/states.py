@@ -8,7 +8,7 @@ import torch
 
 from .config import BlockCodec, MixKVQConfig
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def check_states(key: Any, value: Any) -> None:
@@ -85,7 +85,7 @@ def codec_of(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Bl
         If packed kernels do not support their head_dim or dtype.
     """
     dtype = common_dtype(key, value)
-    return config.codec(key.shape[-1], _DTYPES.get(dtype, str(dtype).removeprefix("torch.")))
+    return config.codec(key.shape[-1], DTYPES.get(dtype, str(dtype).removeprefix("torch.")))
 
 
 def common_dtype(key: torch.Tensor, value: torch.Tensor) -> torch.dtype:

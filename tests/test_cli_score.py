@@ -15,8 +15,9 @@ from cli_fixtures import save_tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mixkvq import MixKVQCache
-from mixkvq.cli.memory import bf16_nbytes, cache_nbytes
-from mixkvq.cli.score import Score, chunk_ends, kl_divergence, teacher_forced
+from mixkvq.cli.score import Score, teacher_forced
+from mixkvq.eval.forced import chunk_ends, kl_divergence
+from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
 
 
 def ignore(event: str, value: Any) -> None:

@@ -17,11 +17,11 @@ from models import assert_same_tokens, generate, lossless
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, MixKVQConfig
-from mixkvq.cli import CliError
-from mixkvq.cli.memory import bf16_nbytes, cache_nbytes
-from mixkvq.cli.models import load, require_smollm2
+from mixkvq.cli import UserError
 from mixkvq.cli.score import teacher_forced
 from mixkvq.cli.text import question_ids, text_ids
+from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
+from mixkvq.eval.models import load, require_smollm2
 
 pytestmark = pytest.mark.slow
 GRID = [(length, beams, block) for length in (1, 100, 128, 129, 1000) for beams in (1, 4) for block in (32, 128)]
@@ -31,7 +31,7 @@ GRID = [(length, beams, block) for length in (1, 100, 128, 129, 1000) for beams 
 def smollm2():
     try:
         require_smollm2()
-    except CliError as error:
+    except UserError as error:
         pytest.skip(str(error))
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .errors import CliError, missing_package
+from ..errors import UserError, missing_package
 
-__all__ = ["CliError", "main"]
+__all__ = ["UserError", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             raise missing_package(error, f"mixkvq {args[0]}") from error
         return run(args)
-    except CliError as error:
+    except UserError as error:
         print(f"mixkvq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .memory import PeakMemory, cache_nbytes
-from .stream import Emit, TokenStream, layer_progress
+from ..eval.memory import PeakMemory, cache_nbytes
+from ..eval.stream import Emit, TokenStream, layer_progress
 
 
 @dataclass(frozen=True)

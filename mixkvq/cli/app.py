@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .errors import missing_package
-from .models import SMOLLM2
+from ..errors import missing_package
+from ..eval.models import SMOLLM2
+from .evaluate import app as evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,9 @@ app = typer.Typer(
 _MODEL = typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")
 _PRESET = typer.Option("--preset", help="default, compact, kivi-2 or lossless.")
 _THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")
+
+
+app.add_typer(evaluate, name="eval")
 
 
 @app.command("info")
@@ -72,7 +76,7 @@ def run(args: Sequence[str]) -> int:
 
     Raises
     ------
-    CliError
+    UserError
         For what the user can mend: a wrong value, something that is not installed.
     """
     try:

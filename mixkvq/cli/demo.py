@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from ..config import MixKVQConfig
+from ..errors import UserError
+from ..eval.models import SMOLLM2, require_smollm2
 from .display import Display
-from .errors import CliError
 from .info import collect
 from .jobs import Job, run
-from .models import SMOLLM2, require_smollm2
 from .plots import demo_figure
 from .table import footnotes, render, result
 from .text import QUESTION
@@ -37,13 +37,13 @@ class DemoOptions:
         try:
             MixKVQConfig.preset(self.preset)
         except ValueError as error:
-            raise CliError(f"--preset: {error}") from error
+            raise UserError(f"--preset: {error}") from error
         for name, low in (("new_tokens", 2), ("prefill", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
-                raise CliError(f"--{name.replace('_', '-')} is {value}, must be at least {low}")
+                raise UserError(f"--{name.replace('_', '-')} is {value}, must be at least {low}")
         if self.tokens <= self.prefill:
-            raise CliError(f"--tokens is {self.tokens}, must be more than --prefill ({self.prefill})")
+            raise UserError(f"--tokens is {self.tokens}, must be more than --prefill ({self.prefill})")
 
     def job(self, kind: str, preset: str | None) -> Job:
         """One of the demo's three jobs."""
@@ -64,7 +64,7 @@ def demo(options: DemoOptions, console: Console) -> dict[str, Any]:
 
     Raises
     ------
-    CliError
+    UserError
         When the model is missing, the folder cannot be written, or a measurement fails.
     """
     if options.model == SMOLLM2:
@@ -72,7 +72,7 @@ def demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CliError(f"--out is {options.out}, must be a folder that can be written ({error.strerror})") from error
+        raise UserError(f"--out is {options.out}, must be a folder that can be written ({error.strerror})") from error
 
     read = {"layer": "reading the prompt, layer by layer"}
     console.rule(f"DynamicCache, {options.dtype}")

@@ -29,7 +29,7 @@ class Bar:
 
 
 class Display:
-    """Shows events (see `mixkvq.cli.stream.Emit`).
+    """Shows events (see `mixkvq.eval.stream.Emit`).
 
     Parameters
     ----------

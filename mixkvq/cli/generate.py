@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ..config import MixKVQConfig
+from ..errors import UserError
+from ..eval.models import load
 from .display import Display
-from .errors import CliError
-from .models import load
 from .text import chat_ids
 
 
@@ -31,13 +31,13 @@ class GenerateOptions:
         try:
             MixKVQConfig.preset(self.preset)
         except ValueError as error:
-            raise CliError(f"--preset: {error}") from error
+            raise UserError(f"--preset: {error}") from error
         if self.max_new_tokens < 1:
-            raise CliError(f"--max-new-tokens is {self.max_new_tokens}, must be at least 1")
+            raise UserError(f"--max-new-tokens is {self.max_new_tokens}, must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise CliError(f"--temperature is {self.temperature}, must be 0 (greedy) or more")
+            raise UserError(f"--temperature is {self.temperature}, must be 0 (greedy) or more")
         if self.threads is not None and self.threads < 1:
-            raise CliError(f"--threads is {self.threads}, must be at least 1")
+            raise UserError(f"--threads is {self.threads}, must be at least 1")
 
 
 def generate(prompt: str, options: GenerateOptions) -> str:
@@ -45,7 +45,7 @@ def generate(prompt: str, options: GenerateOptions) -> str:
 
     Raises
     ------
-    CliError
+    UserError
         When the prompt is empty or the model cannot be loaded.
     """
     import torch
@@ -56,7 +56,7 @@ def generate(prompt: str, options: GenerateOptions) -> str:
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt.strip():
-        raise CliError("the prompt is empty")
+        raise UserError("the prompt is empty")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     aside = Display(Console(stderr=True), {"layer": "reading the prompt, layer by layer"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .errors import CliError, missing_package
+from ..errors import UserError, missing_package
 
 TEMPLATE_ROOM = 128
 """Tokens left for the question and the chat template."""
@@ -33,12 +33,12 @@ class Job:
 
 
 def run(job: Job) -> Iterator[tuple[str, Any]]:
-    """Run a job in a new process; yields its events (see `mixkvq.cli.stream.Emit`), last ("result", object).
+    """Run a job in a new process; yields its events (see `mixkvq.eval.stream.Emit`), last ("result", object).
 
     Raises
     ------
-    CliError
-        With the message of a `CliError` in the process, or saying how it ended.
+    UserError
+        With the message of a `UserError` in the process, or saying how it ended.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -53,14 +53,14 @@ def run(job: Job) -> Iterator[tuple[str, Any]]:
             except EOFError:
                 break
             if event == "error":
-                raise CliError(value)
+                raise UserError(value)
             finished = event == "result"
             yield event, value
         process.join()
         if not finished:
             code = process.exitcode
             reason = "killed: out of memory?" if code == -9 else f"exit status {code}, see above"
-            raise CliError(f"measuring {job.preset or 'DynamicCache'} failed ({reason})")
+            raise UserError(f"measuring {job.preset or 'DynamicCache'} failed ({reason})")
     finally:
         if process.is_alive():
             process.terminate()
@@ -77,7 +77,7 @@ def _child(job: Job, sender: Connection) -> None:
     except ModuleNotFoundError as error:
         emit("error", str(missing_package(error, "this command")))
         raise
-    except CliError as error:
+    except UserError as error:
         emit("error", str(error))
     finally:
         sender.close()
@@ -95,12 +95,12 @@ def perform(job: Job, emit: Any) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache
 
+    from ..eval.memory import bf16_nbytes
+    from ..eval.models import load
+    from ..eval.tiers import cache_bits
     from .answer import answer
-    from .memory import bf16_nbytes
-    from .models import load
     from .score import teacher_forced
     from .text import question_ids, text_ids
-    from .tiers import cache_bits
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -108,7 +108,7 @@ def perform(job: Job, emit: Any) -> dict[str, Any]:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and job.tokens + job.new_tokens + TEMPLATE_ROOM > limit:
         room = limit - job.new_tokens - TEMPLATE_ROOM
-        raise CliError(f"--tokens is {job.tokens}, must be at most {room}: {job.model} reads {limit} tokens")
+        raise UserError(f"--tokens is {job.tokens}, must be at most {room}: {job.model} reads {limit} tokens")
     if job.preset is None:
         cache: Any = DynamicCache(config=model.config)
     else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .memory import cache_nbytes
-from .stream import Emit, layer_progress
+from ..eval.forced import chunk_ends, kl_divergence
+from ..eval.memory import cache_nbytes
+from ..eval.stream import Emit, layer_progress
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,13 @@ class Score:
         return sum(part) / len(part)
 
 
-def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q), the sum of p (ln p - ln q), in nats, of two logit tensors [n, vocabulary]: float64 [n]."""
-    log_p = torch.log_softmax(p_logits.float(), dim=-1)
-    log_q = torch.log_softmax(q_logits.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
-
-
-def chunk_ends(first: int, last: int, sink_length: int, block_length: int) -> Iterator[int]:
-    """Ends of chunks that cover the tokens from `first` to `last` and stop at every block border.
-
-    A chunk sees its own tokens exactly and a cache packs a block when it is full, so such chunks give the logits of
-    token-by-token decoding.
-    """
-    end = first
-    while end < last:
-        blocks = max(0, end - sink_length) // block_length + 1
-        end = min(last, sink_length + blocks * block_length)
-        yield end
-
-
 def teacher_forced(
     model: Any, ids: torch.Tensor, prefill: int, exact: Any, other: Any, sink_length: int, block_length: int, emit: Emit
 ) -> Score:
     """Feed the same text to the model with two caches and compare the logits.
 
     Both caches read ``ids[:, :prefill]`` in one exact forward pass (what a cache packs, it packs after the attention of
-    a layer); the other tokens follow in chunks that end on block borders, see `chunk_ends`.
+    a layer); the other tokens follow in chunks that end on block borders, see `mixkvq.eval.forced.chunk_ends`.
 
     Parameters
     ----------

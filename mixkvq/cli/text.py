@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import CliError
+from ..errors import UserError
 
 # One after the other they read like a chapter; the first is the manual of pdb, 5200 tokens of SmolLM2 on Python 3.11.
 TOPICS = ("debugger", "execmodel", "import", "try", "with", "async", "exceptions", "compound", "specialnames")
@@ -24,12 +24,12 @@ def text_ids(tokenizer: Any, tokens: int) -> list[int]:
 
     Raises
     ------
-    CliError
+    UserError
         When the text is shorter than that.
     """
     ids: list[int] = tokenizer(documentation(), add_special_tokens=False)["input_ids"][:tokens]
     if len(ids) < tokens:
-        raise CliError(f"--tokens is {tokens}, must be at most {len(ids)}: that is all the text there is")
+        raise UserError(f"--tokens is {tokens}, must be at most {len(ids)}: that is all the text there is")
     return ids
 
 

@@ -6,18 +6,27 @@ is float64.
 """
 
 from .attention import attend, importance, salience
+from .coding import code_groups, values_of
 from .layout import Header, parse, record_nbytes
-from .packing import pack_block, pack_head
+from .numbers import hadamard, narrow
+from .packing import pack_block, pack_head, pack_layer
+from .tiers import assign
 from .unpacking import unpack
 
 __all__ = [
     "Header",
+    "assign",
     "attend",
+    "code_groups",
+    "hadamard",
     "importance",
+    "narrow",
     "pack_block",
     "pack_head",
+    "pack_layer",
     "parse",
     "record_nbytes",
     "salience",
     "unpack",
+    "values_of",
 ]

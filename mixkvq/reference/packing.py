@@ -54,17 +54,33 @@ def pack_head(
     return records, mu, raised
 
 
+def pack_layer(
+    codec: Codec, k: Array, v: Array, importance: Floats | None = None, mu: list[Reference | None] | None = None
+) -> tuple[list[bytes], list[Reference | None], list[int]]:
+    """Pack one block of every head; as `pack_head` with ``k``, ``v`` [H, T, D], ``importance`` [H, D], ``mu`` [H]."""
+    known = [None] * len(k) if mu is None else mu
+    weights = [None] * len(k) if importance is None else list(importance)
+    packed = [pack_block(codec, *head) for head in zip(k, v, weights, known, strict=True)]
+    return [p[0] for p in packed], [p[1] for p in packed], [p[2] for p in packed]
+
+
 def pack_block(
-    codec: Codec, k: Array, v: Array, importance: Floats | None = None, mu: Reference | None = None
+    codec: Codec,
+    k: Array,
+    v: Array,
+    importance: Floats | None = None,
+    mu: Reference | None = None,
+    *,
+    tiers: Array | None = None,
 ) -> tuple[bytes, Reference | None, int]:
-    """Pack one block; as `pack_head` with ``k`` and ``v`` of [T, D]."""
+    """Pack one block; as `pack_head` with ``k`` and ``v`` of [T, D]. ``tiers`` [D], if given, replaces the choice."""
     k, v = storage(k, codec.dtype), storage(v, codec.dtype)
     if k.shape != v.shape or k.shape[1] != codec.head_dim:
         raise ValueError(f"k is {k.shape} and v is {v.shape}, must be alike with head_dim {codec.head_dim}")
     coded = None
     if codec.allocate != "exact":
         ones = np.ones(codec.head_dim, F32)
-        coded = _coded_record(codec, k, v, ones if importance is None else importance, mu)
+        coded = _coded_record(codec, k, v, ones if importance is None else importance, mu, tiers)
     return (_exact_record(codec, k, v), mu, 0) if coded is None else coded
 
 
@@ -124,7 +140,7 @@ def _fold(parts: list[Coded]) -> int:
 
 
 def _coded_record(
-    codec: Codec, k: Array, v: Array, importance: Floats, mu: Reference | None
+    codec: Codec, k: Array, v: Array, importance: Floats, mu: Reference | None, tiers: Array | None
 ) -> tuple[bytes, Reference | None, int] | None:
     """A coded record, or None where only an exact one can hold the block."""
     x, y = widen(k, codec.dtype), widen(v, codec.dtype)
@@ -135,7 +151,8 @@ def _coded_record(
         if mu is None:
             return None
         x = x - mu.astype(F32)
-    tiers = choose_tiers(codec, x, importance.astype(F32))
+    if tiers is None:
+        tiers = choose_tiers(codec, x, importance.astype(F32))
     if tiers is None:
         return None
     keys = _code_keys(codec, x, tiers)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-EXTRA = "pip install 'mixkvq[demo]'"
+_EXTRAS = {"optuna": "calibrate", "lm_eval": "eval", "scipy": "eval"}
 
 
-class CliError(Exception):
+class UserError(Exception):
     """Something the user can mend; the message names the argument or the package and the remedy."""
+
+
+def install_line(extra: str) -> str:
+    """How to install an extra of this package."""
+    return f"pip install 'mixkvq[{extra}]'"
 
 
 def missing_package(error: ModuleNotFoundError, what: str) -> BaseException:
@@ -14,4 +19,7 @@ def missing_package(error: ModuleNotFoundError, what: str) -> BaseException:
     name = (error.name or "").split(".")[0]
     if not name or name == "mixkvq":
         return error
-    return CliError(f"{what} needs the package {name}, which is not installed: {EXTRA}  (`mixkvq info` works without)")
+    remedy = install_line(_EXTRAS.get(name, "demo"))
+    return UserError(
+        f"{what} needs the package {name}, which is not installed: {remedy}  (`mixkvq info` works without)"
+    )

