@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from .app import app
+from .dump import dump
 from .kl import kl
+from .layers import layers
+from .operator import operator
 
-__all__ = ["app", "kl"]
+__all__ = ["app", "dump", "kl", "layers", "operator"]
