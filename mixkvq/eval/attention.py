@@ -76,6 +76,8 @@ class LayerStates:
             sinks=sink_logits(call.module, rest),
         )
         n = call.query.shape[2]
+        if key.shape != value.shape:
+            raise ValueError(f"layer {call.layer} has keys {list(key.shape)} and values {list(value.shape)}")
         if mask is not None and not torch.equal(allowed(mask[0, 0, :, :n]), states.visible(0)):
             raise ValueError(f"layer {call.layer} is masked in a way that is neither causal nor a sliding window")
         result = call.result[0] if isinstance(call.result, tuple) else call.result

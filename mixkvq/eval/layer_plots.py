@@ -15,6 +15,8 @@ Doubles = NDArray[np.float64]
 
 def _map(figure: Any, axes: Any, values: Doubles, layers: list[int], *, title: str, label: str, **style: Any) -> None:
     """A heat map [layers, heads, channels] or [layers, heads], with heads apart."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
     rows, heads, *channels = values.shape
     width = channels[0] if channels else 1
     image = axes.imshow(
@@ -31,7 +33,11 @@ def _map(figure: Any, axes: Any, values: Doubles, layers: list[int], *, title: s
     step = max(1, rows // 10)
     axes.set_yticks(range(0, rows, step), [str(i) for i in layers[::step]])
     axes.set(ylabel="layer", title=title)
-    figure.colorbar(image, ax=axes, label=label, pad=0.015)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.015)
+    if "norm" in style:  # logarithmic: plain numbers at 1, 2 and 5
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _log_range(values: Doubles) -> Any:

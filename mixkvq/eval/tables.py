@@ -65,8 +65,8 @@ def operator_table(title: str, rows: Sequence[Row], baseline: str) -> Table:
     return table
 
 
-def layer_table(title: str, rows: Sequence[LayerSummary]) -> Table:
-    """One row per layer."""
+def layer_table(title: str, rows: Sequence[LayerSummary], pooled: Mapping[str, Interval]) -> Table:
+    """One row per layer, then the intervals of all of them pooled ("key", "value", "logits", "output")."""
     table = Table(title=title, title_justify="left")
     for name in ("layer", "path", "true bits", "key bits", "sd ln A", "K", "V", "logits", "output", "worst head", "KL"):
         table.add_column(name, justify="left" if name == "path" else "right")
@@ -81,4 +81,7 @@ def layer_table(title: str, rows: Sequence[LayerSummary]) -> Table:
             f"{row.worst:.3f} ({row.worst_head})",
             f"{row.kl:.4f}",
         )
+    table.add_section()
+    errors = (interval(pooled[name], 3).replace(" ", "\n") for name in ("key", "value", "logits", "output"))
+    table.add_row("all", "", "", "", "", *errors, "", "")
     return table
