@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..handle import PackedHandle
 from ..masks import allowed
 from ..proof import sink_logits
+from .forced import kl_of_logs
 from .memory import CodedLayer, coded_layers
 from .replay import AttentionCall
 
@@ -105,20 +106,24 @@ class LayerStates:
         return scores if not self.softcap else torch.tanh(scores / self.softcap) * self.softcap
 
     def weights(self, logits: torch.Tensor, first: int) -> torch.Tensor:
-        """ln of the attention weights, -inf where hidden; ``logits`` [Q, n - first, keys] end with the last token."""
+        """ln of the attention weights, -inf where hidden; ``logits`` [Q, n - first, keys] end with the last token.
+
+        Returns
+        -------
+        tensor [Q, n - first, keys], with learned sinks one column more: what they take
+        """
         scores = logits.masked_fill(~self.visible(first, self.tokens - logits.shape[2]), -torch.inf)
-        if self.sinks is None:
-            return scores.log_softmax(-1)
-        total = torch.logaddexp(scores.logsumexp(-1), self.sinks.view(-1, 1))
-        return scores - total[..., None]
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks.view(-1, 1, 1).expand(-1, scores.shape[1], -1)], 2)
+        return scores.log_softmax(-1)
 
     def attend(self, logits: torch.Tensor, value: torch.Tensor, first: int) -> torch.Tensor:
         """Output [Q, n - first, D]."""
         return self.mix(self.weights(logits, first), value)
 
     def mix(self, log_weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Output [Q, m, D] of weights [Q, m, keys] over values [H, keys, D]."""
-        weights = log_weights.exp().reshape(value.shape[0], -1, value.shape[1])
+        """Output [Q, m, D] of weights [Q, m, keys or one more] over values [H, keys, D]."""
+        weights = log_weights[..., : value.shape[1]].exp().reshape(value.shape[0], -1, value.shape[1])
         return torch.matmul(weights, value).view(*log_weights.shape[:2], -1)
 
 
@@ -220,8 +225,7 @@ class ExactAttention:
         begin = max(self.sink_length, missing)
         logits = states.logits(seen.key, prompt)
         weights = states.weights(logits, prompt)
-        exact = self._weights[..., missing:]
-        kl = (exact.exp() * (exact - weights).masked_fill(exact == -torch.inf, 0.0)).sum(-1, dtype=torch.float64)
+        kl = kl_of_logs(self._weights[..., missing:], weights)
         part = slice(begin, prompt)
         return Errors(
             logits=_chunks(self._logits[..., part], logits[..., begin - missing : prompt - missing]),
