@@ -170,6 +170,12 @@ def test_quantized_caches_of_transformers(name: str, bits: float, tmp_path: Path
     assert [row and row["record_elements"] for row in found] == [2 * 2 * 2 * 64 * n for n in (280, 140)]
 
 
+def test_quantized_caches_refuse_windowed_layers() -> None:
+    pytest.importorskip("optimum.quanto")
+    with pytest.raises(UserError, match=r"scheme quanto-4: .*sliding_attention"):
+        parse_scheme("quanto-4").cache(tiny("gemma2", "eager"))
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_tiny_model(tmp_path / "tiny")
     common = [

@@ -28,7 +28,7 @@ def _map(figure: Any, axes: Any, values: Doubles, layers: list[int], *, title: s
         axes.set_xticks([(h + 0.5) * width - 0.5 for h in range(heads)], [f"KV head {h}" for h in range(heads)])
         axes.tick_params(axis="x", length=0)
     else:
-        axes.set_xticks(range(0, heads, max(1, heads // 12)))
+        axes.set_xticks(range(0, heads, -(-heads // 12)))
         axes.set_xlabel("query head")
     step = max(1, rows // 10)
     axes.set_yticks(range(0, rows, step), [str(i) for i in layers[::step]])

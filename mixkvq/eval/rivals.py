@@ -143,8 +143,7 @@ def transformers_cache(backend: str, bits: int, fields: dict[str, Any]) -> tuple
 
     It has no sinks, and it does not keep what it has coded: the first call codes all of its tokens, the newest ones
     too, and whenever the exact window reaches ``residual_length`` everything is decoded and coded again, window and
-    history alike (transformers 5.23, ``QuantizedLayer.update``). It keeps full attention in every layer, sliding ones
-    included.
+    history alike (transformers 5.23, ``QuantizedLayer.update``). It refuses models with sliding-window layers.
 
     Parameters
     ----------
@@ -165,7 +164,7 @@ def transformers_cache(backend: str, bits: int, fields: dict[str, Any]) -> tuple
     ValueError
         For another number of bits or another field.
     UserError
-        If the back end's package is not installed.
+        If the back end's package is not installed; from ``build``, for a model that it refuses.
     """
     package, known = BACKENDS[backend]
     if bits not in known:
@@ -182,6 +181,9 @@ def transformers_cache(backend: str, bits: int, fields: dict[str, Any]) -> tuple
     def build(model: Any) -> Any:
         from transformers import QuantizedCache
 
-        return QuantizedCache(backend, model.config, nbits=bits, **options)
+        try:
+            return QuantizedCache(backend, model.config, nbits=bits, **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"scheme {backend}-{bits}: {error}") from error
 
     return f"{backend}-{bits} {found} {json.dumps(options, sort_keys=True)}", build
