@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .policy.patterns import TIER_BITS, counts_of, scale_counts
+from .policy.patterns import TIER_BITS, scale_menu
 from .presets import PRESETS
 
 MAX_HEAD_DIM = 256
@@ -278,7 +278,7 @@ class MixKVQConfig:
             value_range=self.value_range,
             value_rotation=self.value_basis == "hadamard" and self.value_bits != 16,
             pattern_cost=self.pattern_cost,
-            patterns=tuple(scale_counts(counts_of(dict(p)), head_dim) for p in self.key_patterns),
+            patterns=scale_menu([dict(pattern) for pattern in self.key_patterns], head_dim),
             threshold_high=self.thresholds[0],
             threshold_low=self.thresholds[1],
         )

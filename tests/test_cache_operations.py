@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from mixkvq import MixKVQCache, compat
 
 FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4}
-PRESETS = ["default", "kivi-2"]
+PRESETS = ["default", "kivi-2", "paper"]
 LENGTHS = [150, 110, 77]
 
 

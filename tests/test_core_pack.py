@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import codec_of, ramp
 
-from mixkvq import reference
+from mixkvq import list_presets, reference
 from mixkvq.config import BlockCodec, MixKVQConfig
 from mixkvq.reference import layout, numbers
 
@@ -126,7 +126,7 @@ def test_records_equal_the_oracle_at_length(isa, seed, codec, heads, blocks, tro
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("preset", ["default", "compact", "kivi-2", "lossless"])
+@pytest.mark.parametrize("preset", list_presets())
 def test_presets_equal_the_oracle(isa, preset, head_dim):
     codec = codec_of(head_dim, DTYPES[head_dim // 8 % 3], preset)
     rng = np.random.default_rng(head_dim)
