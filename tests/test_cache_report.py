@@ -68,6 +68,8 @@ SYSTEMS = [
     ("kivi-4", {}),
     ("lossless", {}),
     ("default", {"allocate": "threshold", "thresholds": (1.0, 0.3)}),
+    ("default", {"allocate": "budget", "key_budget": 4}),
+    ("compact", {"allocate": "layer", "key_budget": 4, "pattern_cost": "measured"}),
     ("default", {"key_patterns": ({16: 8, 4: 56},), "value_bits": 16, "key_metadata": "fp16"}),
     ("default", {"key_patterns": ({8: 1, 1: 63},), "value_bits": 1, "value_metadata": "fp16", "value_group_size": 8}),
 ]

@@ -43,6 +43,11 @@ def test_a_configuration_cannot_be_changed():
         ({"key_patterns": ()}, ValueError, "has 0 entries"),
         ({"thresholds": (1, 2, 3)}, TypeError, "thresholds is"),
         ({"thresholds": (0.5, 1.0)}, ValueError, "high >= low"),
+        ({"key_budget": 0.5}, ValueError, "key_budget is 0.5, must be from 1 to 8"),
+        ({"key_budget": float("nan")}, ValueError, "key_budget is nan"),
+        ({"key_budget": "3"}, TypeError, "key_budget is '3', must be a number"),
+        ({"key_budget": True}, TypeError, "key_budget is True"),
+        ({"allocate": "budgets"}, ValueError, "allocate is 'budgets', must be one of 'patterns'"),
         ({"valu_bits": 3}, TypeError, "did you mean 'value_bits'"),
     ],
 )
@@ -50,6 +55,19 @@ def test_bad_fields_are_named(fields, error, says):
     with pytest.raises(error) as caught:
         MixKVQConfig.preset("default", **fields)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("allocate", ["budget", "layer"])
+def test_a_key_budget_is_whole_columns(allocate):
+    config = MixKVQConfig(allocate=allocate, key_budget=2.3)
+    assert MixKVQConfig.from_json(config.to_json()) == config
+    assert [config.codec(d, "float32").budget_columns for d in (64, 80, 128)] == [4, 5, 9]
+    assert config.replace(key_budget=8).codec(80, "float32").budget_columns == 20
+    assert config.replace(allocate="patterns").codec(8, "float32").budget_columns == 0
+    with pytest.raises(ValueError, match=r"key_budget is 2\.3, must be at least 4 at head_dim 8 "):
+        config.codec(8, "float32")
+    with pytest.raises(ValueError, match=r"key_budget is 1\.0, must be at least 1\.6 at head_dim 40 "):
+        config.replace(key_budget=1.0).codec(40, "float32")
 
 
 def test_unknown_preset_names_the_close_ones():

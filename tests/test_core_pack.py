@@ -31,11 +31,12 @@ def check_pack(codec: BlockCodec, k, v, first, blocks, importance, mu=None, has_
 
     packed = arrays.pack(codec, k, v, first=first, blocks=blocks, importance=importance, mu=mu, has_mu=has_mu)
     for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            part = slice(int(first[b]), int(first[b] + blocks[b] * codec.block_length))
-            old = mu[b, h].view(np.float16) if has_mu is not None and has_mu[b, h] else None
-            weight = None if importance is None else importance[b, h]
-            records, new, raised = reference.pack_head(codec, k[b, h, part], v[b, h, part], weight, old)
+        part = slice(int(first[b]), int(first[b] + blocks[b] * codec.block_length))
+        known = [has_mu is not None and has_mu[b, h] for h in range(k.shape[1])]
+        old = [mu[b, h].view(np.float16) if known[h] else None for h in range(k.shape[1])]
+        weight = None if importance is None else importance[b]
+        row = reference.pack_heads(codec, k[b, :, part], v[b, :, part], weight, old)
+        for h, (records, new, raised) in enumerate(zip(*row, strict=True)):
             assert len(packed.records[b][h]) == len(records)
             for got, expected in zip(packed.records[b][h], records, strict=True):
                 assert got == expected, difference(got, expected)

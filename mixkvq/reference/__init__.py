@@ -7,7 +7,7 @@ is float64.
 
 from .attention import attend, importance, salience
 from .layout import Header, parse, record_nbytes
-from .packing import pack_block, pack_head
+from .packing import pack_block, pack_head, pack_heads
 from .unpacking import unpack
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "importance",
     "pack_block",
     "pack_head",
+    "pack_heads",
     "parse",
     "record_nbytes",
     "salience",
