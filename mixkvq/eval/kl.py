@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..fingerprint import fingerprint
 from .forced import chunk_ends, compare, forced_logits
+from .memory import cache_nbytes, coded_layers, exact_elements
 from .replay import Prefill
 from .results import Results
 from .schemes import EXACT, Scheme, parse_scheme
@@ -112,20 +114,30 @@ def _measure_window(
 
 
 def bits_of(cache: Any) -> dict[str, Any]:
-    """True and effective bits of a cache, and the paths of its layers; None where the cache does not tell."""
+    """True and effective bits of a cache, and the paths of its layers; None where nothing is coded."""
+    layers = coded_layers(cache)
+    nbytes, elements = sum(x.nbytes for x in layers), sum(x.elements for x in layers)
+    found: dict[str, Any] = {
+        "true_bits": 8 * nbytes / elements if elements else None,
+        "record_bytes": nbytes,
+        "record_elements": elements,
+        "paths": dict(sorted(Counter(x.path for x in layers).items())),
+    }
     if not hasattr(cache, "report"):
-        return {"true_bits": None, "effective_bits": None, "paths": {}}
+        held = elements + exact_elements(cache)
+        return found | {"effective_bits": 8 * cache_nbytes(cache) / held if held else None}
     report = cache.report()
-    paths = [layer.path for layer in report.layers]
-    return {
-        "true_bits": report.true_bits,
+    return found | {
         "effective_bits": report.effective_bits,
-        "record_bytes": sum(layer.record_bytes for layer in report.layers),
-        "record_elements": sum(layer.record_elements for layer in report.layers),
         "raised_scales": sum(layer.raised_scales for layer in report.layers),
         "exact_blocks": sum(layer.exact_blocks for layer in report.layers),
-        "paths": {path: paths.count(path) for path in sorted(set(paths))},
     }
+
+
+def path_note(kind: str, paths: Mapping[str, int]) -> str:
+    """Paths of a cache's layers, such as "3 packed, 15 native"; empty if all are what the scheme's kind promises."""
+    usual = {"exact": "native", "transformers": "quantized"}.get(kind, kind)
+    return "" if set(paths) <= {usual} else ", ".join(f"{n} {path}" for path, n in paths.items())
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,13 @@ class Summary:
     ratio: Interval | None
     """KL relative to the baseline, paired; None without one."""
     positions: int
+    paths: dict[str, int]
+    """Layers by path, such as ``{"packed": 30}``."""
+
+    @property
+    def note(self) -> str:
+        """See `path_note`."""
+        return path_note(self.scheme.kind, self.paths)
 
 
 def summarize(
@@ -168,7 +187,7 @@ def summarize(
     for scheme in schemes:
         rows = values(scheme)
         kl, every = units(rows, "kl"), np.concatenate([np.asarray(row["kl"]) for row in rows])
-        elements = sum(row.get("record_elements", 0) for row in rows)
+        elements = sum(row["record_elements"] for row in rows)
         effective = [row["effective_bits"] for row in rows]
         summaries.append(
             Summary(
@@ -181,6 +200,7 @@ def summarize(
                 agreement=mean_interval(units(rows, "agree")),
                 ratio=None if base is None else ratio_interval(kl, base),
                 positions=every.size,
+                paths=rows[0]["paths"],
             )
         )
     return summaries
