@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..fingerprint import fingerprint
+from ..fingerprint import identity
+from .bits import bits_of, bits_over
 from .forced import chunk_ends, compare, forced_logits
 from .replay import Prefill
 from .results import Results
@@ -61,12 +62,9 @@ class Protocol:
 
 def key_of(model: Any, window: Window, protocol: Protocol, scheme: Scheme) -> dict[str, Any]:
     """What a measurement is found by."""
-    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "measure": "kl",
-        "model": fingerprint(model.config),
-        "name": str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
-        "dtype": dtype,
+        **identity(model),
         "domain": window.domain,
         "window": window.index,
         "text": window.digest,
@@ -111,23 +109,6 @@ def _measure_window(
         yield scheme, values | bits_of(cache)
 
 
-def bits_of(cache: Any) -> dict[str, Any]:
-    """True and effective bits of a cache, and the paths of its layers; None where the cache does not tell."""
-    if not hasattr(cache, "report"):
-        return {"true_bits": None, "effective_bits": None, "paths": {}}
-    report = cache.report()
-    paths = [layer.path for layer in report.layers]
-    return {
-        "true_bits": report.true_bits,
-        "effective_bits": report.effective_bits,
-        "record_bytes": sum(layer.record_bytes for layer in report.layers),
-        "record_elements": sum(layer.record_elements for layer in report.layers),
-        "raised_scales": sum(layer.raised_scales for layer in report.layers),
-        "exact_blocks": sum(layer.exact_blocks for layer in report.layers),
-        "paths": {path: paths.count(path) for path in sorted(set(paths))},
-    }
-
-
 @dataclass(frozen=True)
 class Summary:
     """One scheme over some windows."""
@@ -168,13 +149,12 @@ def summarize(
     for scheme in schemes:
         rows = values(scheme)
         kl, every = units(rows, "kl"), np.concatenate([np.asarray(row["kl"]) for row in rows])
-        elements = sum(row.get("record_elements", 0) for row in rows)
-        effective = [row["effective_bits"] for row in rows]
+        true_bits, effective_bits = bits_over(rows)
         summaries.append(
             Summary(
                 scheme=scheme,
-                true_bits=8 * sum(row["record_bytes"] for row in rows) / elements if elements else None,
-                effective_bits=None if None in effective else float(np.mean(effective)),
+                true_bits=true_bits,
+                effective_bits=effective_bits,
                 kl=mean_interval(kl),
                 p99=float(np.quantile(every, 0.99)),
                 nll_change=mean_interval(units(rows, "nll_change")),
