@@ -90,13 +90,15 @@ def set_up(
         raise UserError(f"--out is {out}, must be a folder that can be written ({error.strerror})") from error
     results = Results(out / "results.jsonl")
 
+    from ...eval.models import load, quiet
+
+    quiet()
+
     import torch
 
     if threads is not None:
         if threads < 1:
             raise UserError(f"--threads is {threads}, must be at least 1")
         torch.set_num_threads(threads)
-    from ...eval.models import load
-
     loaded, tokenizer = load(model, dtype, lambda text: console.print(text, style="dim", highlight=False))
     return Setup(loaded, tokenizer, parsed, base, results, console, out)

@@ -1,0 +1,140 @@
+"""Tasks of lm-evaluation-harness with every scheme: their scores, and the paired change to the exact cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from ..fingerprint import identity
+from .bits import bits_over
+from .results import Results
+from .schemes import Scheme
+from .stats import Interval, difference_interval, mean_interval
+from .stream import Emit
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One scheme, task, metric and filter."""
+
+    scheme: Scheme
+    metric: str
+    """``task metric,filter``, as lm-eval calls it."""
+    value: float
+    """As lm-eval computes it."""
+    units: Doubles | None
+    """One number per sample, whose mean is `value`; None for a metric that is no such mean."""
+    true_bits: float | None
+    effective_bits: float | None
+    change: Interval | None = None
+    """Less the exact cache's, paired; None without `units`."""
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of the value."""
+        return None if self.units is None else mean_interval(self.units)
+
+
+def quiet_harness() -> None:
+    """No advice from lm-eval on its command line and its habits."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    scheme: Scheme,
+    tasks: Sequence[Any],
+    results: Results,
+    emit: Emit,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[Score]:
+    """Run tasks with one scheme; requests that ``results`` holds already are not made again.
+
+    Parameters
+    ----------
+    model, tokenizer : a causal language model of transformers and its tokenizer
+    scheme : Scheme
+    tasks : sequence of str or lm_eval Task
+    results : Results
+    emit : callable
+    batch_size : int
+    **options
+        Of ``lm_eval.simple_evaluate``: num_fewshot, limit, task_manager, apply_chat_template.
+
+    Raises
+    ------
+    UserError
+        When lm-eval does not know a task or cannot load its data.
+    """
+    quiet_harness()
+    from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+
+    from .lm import PROTOCOL, MixKVQLM
+
+    lm = MixKVQLM(model, scheme, results=results, emit=emit, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        found = simple_evaluate(model=lm, tasks=list(tasks), bootstrap_iters=0, **options)
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(f"lm-eval cannot run {', '.join(map(str, tasks))}: {_first_line(error)}") from error
+    true_bits, effective_bits = bits_over(lm.answered)
+    scores = []
+    for task, values in found["results"].items():
+        for metric, value in values.items():
+            name, comma, filtered = metric.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            units = _units(found["samples"].get(task, []), name, filtered, float(value))
+            scores.append(Score(scheme, f"{task} {metric}", float(value), units, true_bits, effective_bits))
+            key = {
+                "measure": "lm-eval",
+                **identity(model),
+                "task": task,
+                "metric": metric,
+                "samples": len(found["samples"].get(task, [])),
+                "options": {k: v for k, v in options.items() if isinstance(v, (int, float, str))},
+                "protocol": PROTOCOL,
+                "scheme": scheme.name,
+                "details": scheme.details,
+            }
+            values_of = {"value": value, "true_bits": true_bits, "effective_bits": effective_bits}
+            if results.find(key) is None:
+                results.add(key, values_of)
+    return scores
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _units(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str, value: float) -> Doubles | None:
+    """The metric of every sample in the order of the documents, if the value is their mean."""
+    rows = sorted((s for s in samples if s["filter"] == filtered), key=lambda s: s["doc_id"])
+    numbers = [row.get(metric) for row in rows]
+    if not numbers or not all(isinstance(x, (bool, int, float, np.number)) for x in numbers):
+        return None
+    units = np.array(numbers, np.float64)
+    return units if np.isclose(units.mean(), value) else None
+
+
+def compare(schemes: Sequence[Scheme], exact: Scheme, run: Callable[[Scheme], list[Score]]) -> list[Score]:
+    """Scores of all schemes, metric by metric, with their change to those of the exact cache."""
+    scores = {scheme.name: run(scheme) for scheme in dict.fromkeys([exact, *schemes])}
+    rows = []
+    for place, base in enumerate(scores[exact.name]):
+        for scheme in schemes:
+            row = scores[scheme.name][place]
+            change = None
+            if row.units is not None and base.units is not None:
+                change = difference_interval(row.units, base.units)
+            rows.append(Score(scheme, row.metric, row.value, row.units, row.true_bits, row.effective_bits, change))
+    return rows
