@@ -61,7 +61,7 @@ def lm_eval(
         "num_fewshot": num_fewshot,
         "limit": limit,
         "task_manager": manager,
-        "apply_chat_template": chat,
+        "chat": chat,
     }
     display = setup.bar("requests with one scheme after another")
     try:
