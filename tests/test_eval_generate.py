@@ -3,6 +3,7 @@
 # ruff: noqa: E402  (imports follow the skip where an optional package is absent)
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,19 @@ def test_lossless_is_identical_and_coarse_is_not(prompts: list[Window], tmp_path
     model, _ = byte_model()
     schemes = parse_schemes("exact,lossless,compact,default")
     results = Results(tmp_path / "results.jsonl")
-    measure(model, prompts, 80, schemes, results, ignore, batch=2)
-    exact, lossless, compact, _ = summarize(model, prompts, 80, schemes, results, schemes[0], schemes[3])
-    assert exact.identical.value == lossless.identical.value == 1 and lossless.median == 80
-    assert compact.identical.value < 1 and compact.kept.value < 80
+    measure(model, prompts, 48, schemes, results, ignore, batch=2)
+    exact, lossless, compact, _ = summarize(model, prompts, 48, schemes, results, schemes[0], schemes[3])
+    assert exact.identical.value == lossless.identical.value == 1 and lossless.median == 48
+    assert compact.identical.value < 1 and compact.kept.value < 48
     assert exact.true_bits is None and lossless.true_bits is not None and 32 < lossless.true_bits < 34
     assert compact.true_bits is not None and compact.true_bits < 4  # head_dim 16: more metadata per number
     # against the tokens themselves
-    rows = [results.find(key_of(model, p, 80, schemes[2])) for p in prompts]
-    lengths = [kept(row["tokens"], by_hand(list(p.ids), 80)) for row, p in zip(rows, prompts, strict=True) if row]
+    rows = [results.find(key_of(model, p, 48, schemes[2])) for p in prompts]
+    lengths = [
+        kept(row["tokens"], by_hand(list(p.ids), 48, DynamicCache()))
+        for row, p in zip(rows, prompts, strict=True)
+        if row
+    ]
     assert compact.kept.value == pytest.approx(np.mean(lengths))
 
 
@@ -100,13 +105,14 @@ def test_pad_left() -> None:
     assert ids.tolist() == [[3, 3, 5], [7, 8, 9]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
+@lru_cache(maxsize=1)
 def ragged() -> list[list[int]]:
     """Prompts of different lengths, past and below the exact window."""
     ids = windows(byte_model()[1], "prose", 1, 900)[0].ids
     return [list(ids[:300]), list(ids[300:430]), list(ids[430:740]), list(ids[740:750])]
 
 
-@pytest.mark.parametrize("stage", [7, 32, 100])
+@pytest.mark.parametrize("stage", [7, 32])
 @pytest.mark.parametrize("preset", [None, "lossless", "default"])
 def test_rows_of_a_batch_are_continued_as_if_alone(
     preset: str | None, stage: int, monkeypatch: pytest.MonkeyPatch
@@ -118,20 +124,20 @@ def test_rows_of_a_batch_are_continued_as_if_alone(
     def cache() -> Any:
         return DynamicCache(config=model.config) if preset is None else MixKVQCache(preset, config=model.config)
 
-    alone = [by_hand(ids, 60, cache()) for ids in ragged()]
-    stops = [tokenizer.decode(alone[0][9:11]), tokenizer.decode(alone[2][33:35])]
+    alone = [by_hand(ids, 40, cache()) for ids in ragged()]
+    stops = [tokenizer.decode(alone[0][9:11]), tokenizer.decode(alone[2][20:22])]
     want = []
     for tokens in alone:
         text_ends = [i for i in range(len(tokens)) if any(s in tokenizer.decode(tokens[: i + 1]) for s in stops)]
         ends = [i for i, token in enumerate(tokens) if token == END]
         want.append(tokens[: min([*text_ends, *ends, len(tokens) - 1]) + 1])
     assert len({len(tokens) for tokens in want}) > 1
-    assert continue_batch(model, tokenizer, ragged(), cache(), 60, stops, do_sample=False) == want
+    assert continue_batch(model, tokenizer, ragged(), cache(), 40, stops, do_sample=False) == want
 
 
 def test_an_end_token_ends_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = byte_model()
-    alone = [by_hand(ids, 40) for ids in ragged()]
+    alone = [by_hand(ids, 40, DynamicCache()) for ids in ragged()]
     end = alone[0][5]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
     want = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in alone]
@@ -150,9 +156,9 @@ def test_a_cache_that_cannot_drop_rows_keeps_them() -> None:
         def batch_select_indices(self, indices: Any) -> None:
             raise AssertionError("rows were dropped")
 
-    alone = [by_hand(ids, 60) for ids in ragged()]
+    alone = [by_hand(ids, 40, DynamicCache()) for ids in ragged()]
     stop = tokenizer.decode(alone[0][3:5])
-    found = continue_batch(model, tokenizer, ragged(), Kept(), 60, [stop], do_sample=False)
+    found = continue_batch(model, tokenizer, ragged(), Kept(), 40, [stop], do_sample=False)
     assert found[0] == alone[0][: len(found[0])] and len(found[0]) <= 5 and len(max(found, key=len)) > 32
 
 
