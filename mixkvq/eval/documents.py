@@ -142,6 +142,8 @@ def _as_many_as_fit(size: Size, r: random.Random, length: int, n: int) -> Lines:
     room = _room(size, length, longest)
     while known < len(riddle.facts) and room >= size(riddle.facts[known]):
         room, known = room - size(riddle.facts[known]), known + 1
+    if known == len(riddle.facts):
+        raise UserError(f"--lengths: {length} tokens are too many for pairs, must be at most {length - room}")
     return riddle.facts[:known], r.sample(riddle.questions[:known], min(n, known))
 
 
@@ -196,8 +198,6 @@ def document(tokenizer: Any, task: str, length: int, index: int, questions: int 
     ids, where = coded["input_ids"], coded["offset_mapping"]
     if len(asked) < questions or len(ids) > length:
         raise UserError(f"--lengths: {length} tokens are too few for {questions} questions about {task}")
-    if len(ids) < 0.8 * length:
-        raise UserError(f"--lengths: {length} tokens are too many for {task}, must be at most {len(ids)}")
     first = next(i for i, (begin, _) in enumerate(where) if begin >= end)
     found = [[i for i, (begin, to) in enumerate(where) if to > a and begin < b] for a, b in spans]
     answers = tuple((tokens[0], tokens[-1] + 1) for tokens in found)

@@ -160,6 +160,16 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
             for ask, tokens in zip(asks, found, strict=True)
         ]
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of (context, continuation) requests."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # `emit` is told instead
+        return scores
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts."""
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return scores
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -19,6 +19,8 @@ from .stats import Interval, difference_interval, mean_interval
 from .stream import Emit
 
 Doubles = NDArray[np.float64]
+SEED = 1234
+"""As lm-eval has it: of the worked examples that a task draws."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,53 @@ def quiet_harness() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+def run_harness(
+    lm: Any,
+    tasks: Sequence[Any],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    task_manager: Any = None,
+    chat: bool = False,
+) -> dict[str, Any]:
+    """What ``lm_eval.simple_evaluate`` does without looking at the machine, which takes it 10 seconds.
+
+    Parameters
+    ----------
+    lm : lm_eval LM
+    tasks : sequence of str or lm_eval Task
+    num_fewshot : int, optional
+        Worked examples, unless a task has none by principle. Default: the task's.
+    limit : int, optional
+        Documents of each task.
+    task_manager : lm_eval TaskManager, optional
+    chat : bool
+        Put prompts into the model's chat template.
+
+    Returns
+    -------
+    dict
+        With "results" and "samples" by task.
+    """
+    quiet_harness()
+    from lm_eval import evaluator  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from transformers import set_seed
+
+    set_seed(SEED)
+    names = [task for task in tasks if isinstance(task, str)]
+    loaded = (task_manager or TaskManager()).load(names) if names else {"tasks": {}, "groups": {}}
+    loaded["tasks"].update({task.config.task: task for task in tasks if not isinstance(task, str)})
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None else num_fewshot)
+        task.set_fewshot_seed(seed=SEED)
+    found: dict[str, Any] = evaluator.evaluate(
+        lm, loaded, limit=limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat
+    )
+    return found
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -69,21 +118,18 @@ def evaluate(
     emit : callable
     batch_size : int
     **options
-        Of ``lm_eval.simple_evaluate``: num_fewshot, limit, task_manager, apply_chat_template.
+        Of `run_harness`.
 
     Raises
     ------
     UserError
         When lm-eval does not know a task or cannot load its data.
     """
-    quiet_harness()
-    from lm_eval import simple_evaluate  # type: ignore[import-untyped]
-
     from .lm import PROTOCOL, MixKVQLM
 
     lm = MixKVQLM(model, scheme, results=results, emit=emit, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found = simple_evaluate(model=lm, tasks=list(tasks), bootstrap_iters=0, **options)
+        found = run_harness(lm, tasks, **options)
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"lm-eval cannot run {', '.join(map(str, tasks))}: {_first_line(error)}") from error
     true_bits, effective_bits = bits_over(lm.answered)

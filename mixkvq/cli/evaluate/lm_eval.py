@@ -61,7 +61,7 @@ def lm_eval(
         "num_fewshot": num_fewshot,
         "limit": limit,
         "task_manager": manager,
-        "apply_chat_template": chat,
+        "chat": chat,
     }
     display = setup.bar("requests with one scheme after another")
     try:
@@ -98,6 +98,10 @@ def _manager(tasks: list[str], include_path: Path | None) -> Any:
     from ...eval.scores import quiet_harness
 
     quiet_harness()
+    if include_path is not None:  # its own index, of thousands of files, takes seconds
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
