@@ -145,7 +145,7 @@ def test_scoring(answer: str, strict: int, flexible: int) -> None:
 
         def generate_until(self, requests: Any) -> list[str]:
             prompts.extend(r.args[0] for r in requests)
-            assert all(r.args[1]["until"] == ["Question:"] and r.args[1]["max_gen_toks"] == 9 for r in requests)
+            assert all(r.args[1]["until"][0] == "Question:" and r.args[1]["max_gen_toks"] == 9 for r in requests)
             return [answer] * len(requests)
 
     made = task([Problem("How much?", "First 617*2.\n#### 1,234")], [Problem("What?", "One.\n#### 1")], 9)
