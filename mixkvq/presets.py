@@ -1,7 +1,9 @@
 """The named presets: a system is one record of fields (see `mixkvq.config.MixKVQConfig` for their meaning).
 
-Key patterns are ``{bits: channels}`` per 64 channels. The menus of `default` and `compact` were chosen by the KL
-divergence they give on real models; every entry of a menu fills the same number of u32 columns, hence one record size.
+Key patterns are ``{bits: channels}`` per 64 channels. The menus of `default`, `compact` and `near-lossless` were chosen
+by the KL divergence they give on real models; every entry of a menu fills the same number of u32 columns, hence one
+record size. `paper` is the method as published (arXiv 2512.19206, with its thresholds), `kivi-2` and `kivi-4` are what
+it is compared with there (arXiv 2402.02750).
 """
 
 from __future__ import annotations
@@ -22,6 +24,21 @@ _OURS: dict[str, Any] = {
     "value_range": "search",
     "value_metadata": "e5m3",
     "value_basis": "hadamard",
+}
+
+_PLAIN: dict[str, Any] = {
+    "sink_length": 0,
+    "residual_length": 128,
+    "block_length": 128,
+    "pattern_cost": "model",
+    "key_range": "minmax",
+    "key_group_size": 32,
+    "key_metadata": "fp16",
+    "key_reference": "none",
+    "value_group_size": 32,
+    "value_range": "minmax",
+    "value_metadata": "fp16",
+    "value_basis": "identity",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -52,24 +69,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "key_group_size": 128,
         "value_bits": 2,
     },
-    "kivi-2": {
-        "sink_length": 0,
-        "residual_length": 128,
-        "block_length": 128,
-        "allocate": "patterns",
-        "key_patterns": ({2: 64},),
-        "pattern_cost": "model",
-        "key_range": "minmax",
-        "key_metadata": "fp16",
-        "key_group_size": 32,
-        "key_reference": "none",
-        "salience": "none",
-        "value_bits": 2,
-        "value_group_size": 32,
-        "value_range": "minmax",
-        "value_metadata": "fp16",
-        "value_basis": "identity",
+    "near-lossless": {
+        **_OURS,
+        "key_patterns": (
+            {8: 8, 4: 24, 3: 32},
+            {4: 64},
+            {8: 16, 4: 16, 2: 32},
+            {8: 4, 4: 40, 3: 16, 1: 4},
+            {8: 12, 4: 24, 3: 16, 1: 12},
+        ),
+        "key_group_size": 64,
+        "value_bits": 4,
     },
+    "paper": {
+        **_PLAIN,
+        "allocate": "threshold",
+        "thresholds": (1.44, 0.79),
+        "salience": "mean_abs",
+        "value_bits": 2,
+    },
+    "kivi-2": {**_PLAIN, "allocate": "patterns", "key_patterns": ({2: 64},), "salience": "none", "value_bits": 2},
+    "kivi-4": {**_PLAIN, "allocate": "patterns", "key_patterns": ({4: 64},), "salience": "none", "value_bits": 4},
     "lossless": {
         "sink_length": 0,
         "residual_length": 128,

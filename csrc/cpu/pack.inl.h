@@ -1,4 +1,4 @@
-/* pack.inl.h - one block of one head: statistics, tiers, codes, record.
+/* pack.inl.h - one block of one head: statistics, codes, record.
  *
  * Keys are read eight channels at a time and transposed, so that a channel's tokens are
  * contiguous: lanes are tokens, as in the key columns. Values are read a token at a time: lanes
@@ -182,22 +182,27 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
     return 1;
 }
 
-/* The coded record of a block; 0 if the block must become an exact one. */
-static int64_t pack_coded(block_source *s, const float *importance, float *panel, uint8_t *record)
+/* Statistics of all channels; 0 if a key is not finite. */
+static int measure_block(const block_source *s, float *panel, channel_stats *stats)
 {
     const mkvq_codec *codec = s->args->codec;
-    channel_stats stats;
-    mkvq_layout l;
-    float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
     for (int c = 0; c < codec->head_dim; c += 8) {
         if (!load_panel(s, c, s->mu, panel))
             return 0;
         for (int i = 0; i < 8; i++)
-            measure_channel(codec, panel + i * codec->block_length, c + i, &stats);
+            measure_channel(codec, panel + i * codec->block_length, c + i, stats);
     }
+    return 1;
+}
+
+/* The coded record of a block with these tiers; 0 if the block must become an exact one. */
+static int64_t pack_coded(block_source *s, const uint8_t *tiers, float *panel, uint8_t *record)
+{
+    const mkvq_codec *codec = s->args->codec;
+    mkvq_layout l;
+    float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
     memset(&l, 0, sizeof l);
-    if (!choose_tiers(codec, &stats, importance, l.tier))
-        return 0;
+    memcpy(l.tier, tiers, (size_t)codec->head_dim);
     mkvq_header *h = &l.head;
     h->magic = MKVQ_MAGIC, h->version = MKVQ_FORMAT_VERSION, h->kind = MKVQ_KIND_CODED;
     h->dtype = (uint8_t)codec->dtype, h->value_bits = (uint8_t)codec->value_bits;
@@ -247,39 +252,4 @@ static int64_t pack_exact(const block_source *s, uint8_t *record)
                  a->v.stride[3], dim);
     }
     return l.nbytes;
-}
-
-static void pack_unit(const mkvq_pack_args *a, int64_t row, int64_t head)
-{
-    const mkvq_codec *codec = a->codec;
-    const int64_t unit = row * a->k.shape[1] + head;
-    const float *importance = a->importance ? a->importance + unit * codec->head_dim : NULL;
-    const int reference = codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
-    uint16_t *mu = reference ? a->mu + unit * codec->head_dim : NULL;
-    float panel[8 * MKVQ_MAX_BLOCK], known[MKVQ_MAX_HEAD_DIM];
-    int has_mu = reference && a->has_mu[unit];
-    for (int c = 0; has_mu && c < codec->head_dim; c++)
-        known[c] = mkvq_f16_to_f32(mu[c]);
-    for (int64_t j = 0; j < a->max_blocks; j++) {
-        const int64_t index = unit * a->max_blocks + j;
-        block_source s = {
-            a, row, head, a->first[row] + j * codec->block_length, reference ? known : NULL, 0};
-        uint8_t *record = a->out + index * a->out_stride;
-        uint16_t half[MKVQ_MAX_HEAD_DIM];
-        int64_t nbytes = 0;
-        if (j < a->blocks[row]) {
-            const int can_code = codec->allocate != MKVQ_ALLOCATE_EXACT &&
-                                 (!reference || has_mu || find_reference(&s, panel, half, known));
-            nbytes = can_code ? pack_coded(&s, importance, panel, record) : 0;
-            if (nbytes && reference && !has_mu) {
-                memcpy(mu, half, (size_t)codec->head_dim * 2);
-                a->has_mu[unit] = 1, has_mu = 1;
-            }
-            if (!nbytes)
-                nbytes = pack_exact(&s, record), s.raised = 0;
-        }
-        a->sizes[index] = nbytes;
-        if (a->raised)
-            a->raised[index] = s.raised;
-    }
 }

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..config import list_presets
 from ..errors import missing_package
 from ..eval.models import SMOLLM2
 from .evaluate import app as evaluate
@@ -21,7 +22,7 @@ app = typer.Typer(
 )
 
 _MODEL = typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")
-_PRESET = typer.Option("--preset", help="default, compact, kivi-2 or lossless.")
+_PRESET = typer.Option("--preset", help=f"One of: {', '.join(list_presets())}.")
 _THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")
 
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .memory import cache_nbytes, coded_layers, exact_elements
+
 
 def bits_of(cache: Any) -> dict[str, Any]:
-    """True and effective bits of a cache, and the paths of its layers; None where the cache does not tell."""
+    """True and effective bits of a cache, and the paths of its layers; None where nothing is coded."""
+    layers = coded_layers(cache)
+    nbytes, elements = sum(x.nbytes for x in layers), sum(x.elements for x in layers)
+    found: dict[str, Any] = {
+        "true_bits": 8 * nbytes / elements if elements else None,
+        "record_bytes": nbytes,
+        "record_elements": elements,
+        "paths": dict(sorted(Counter(x.path for x in layers).items())),
+    }
     if not hasattr(cache, "report"):
-        return {"true_bits": None, "effective_bits": None, "paths": {}}
+        held = elements + exact_elements(cache)
+        return found | {"effective_bits": 8 * cache_nbytes(cache) / held if held else None}
     report = cache.report()
-    paths = [layer.path for layer in report.layers]
-    return {
-        "true_bits": report.true_bits,
+    return found | {
         "effective_bits": report.effective_bits,
-        "record_bytes": sum(layer.record_bytes for layer in report.layers),
-        "record_elements": sum(layer.record_elements for layer in report.layers),
         "raised_scales": sum(layer.raised_scales for layer in report.layers),
         "exact_blocks": sum(layer.exact_blocks for layer in report.layers),
-        "paths": {path: paths.count(path) for path in sorted(set(paths))},
     }
 
 

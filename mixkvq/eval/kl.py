@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,12 @@ def _measure_window(
         yield scheme, values | bits_of(cache)
 
 
+def path_note(kind: str, paths: Mapping[str, int]) -> str:
+    """Paths of a cache's layers, such as "3 packed, 15 native"; empty if all are what the scheme's kind promises."""
+    usual = {"exact": "native", "transformers": "quantized"}.get(kind, kind)
+    return "" if set(paths) <= {usual} else ", ".join(f"{n} {path}" for path, n in paths.items())
+
+
 @dataclass(frozen=True)
 class Summary:
     """One scheme over some windows."""
@@ -123,6 +129,13 @@ class Summary:
     ratio: Interval | None
     """KL relative to the baseline, paired; None without one."""
     positions: int
+    paths: dict[str, int]
+    """Layers by path, such as ``{"packed": 30}``."""
+
+    @property
+    def note(self) -> str:
+        """See `path_note`."""
+        return path_note(self.scheme.kind, self.paths)
 
 
 def summarize(
@@ -161,6 +174,7 @@ def summarize(
                 agreement=mean_interval(units(rows, "agree")),
                 ratio=None if base is None else ratio_interval(kl, base),
                 positions=every.size,
+                paths=rows[0]["paths"],
             )
         )
     return summaries

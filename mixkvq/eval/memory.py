@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+def tensors_held(thing: Any) -> Iterator[Any]:
+    """Plain tensors in a tensor, container or object attribute, whatever it is wrapped in.
+
+    A quantized tensor (a tensor subclass that names its parts in ``__tensor_flatten__``, as quanto's) gives its codes,
+    scales and zero points.
+    """
+    import torch
+
+    if isinstance(thing, torch.Tensor):
+        parts = getattr(thing, "__tensor_flatten__", None)
+        if type(thing) is torch.Tensor or parts is None:
+            yield thing
+        else:
+            for name in parts()[0]:
+                yield from tensors_held(getattr(thing, name))
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from tensors_held(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from tensors_held(value)
+
+
+def nbytes_held(thing: Any) -> int:
+    """Bytes of all plain tensors in something, see `tensors_held`."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_held(thing)}.values())
 
 
 def cache_nbytes(cache: Any) -> int:
-    """Bytes that a cache holds: ``report().nbytes`` of a `MixKVQCache`, else the sum over its keys and values."""
+    """Bytes that a cache holds: ``report().nbytes`` of a `MixKVQCache`, else all tensors of its layers."""
     if hasattr(cache, "report"):
         return int(cache.report().nbytes)
-    tensors = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(nbytes_held(vars(layer)) for layer in cache.layers)
+
+
+class CodedLayer(NamedTuple):
+    """What one layer of any cache has coded."""
+
+    path: str
+    """As in `mixkvq.report.LayerReport`; "simulated"; "quantized" for transformers' quantized layers."""
+    nbytes: int
+    """Of what is coded, metadata included."""
+    elements: int
+    """Numbers that are coded; 0 where nothing is."""
+
+
+def coded_layers(cache: Any) -> list[CodedLayer]:
+    """Path and coded bytes of every layer of a cache, counted from what it holds."""
+    if hasattr(cache, "report"):
+        return [CodedLayer(x.path, x.record_bytes, x.record_elements) for x in cache.report().layers]
+    layers = []
+    for layer in cache.layers:
+        coded = [getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")]
+        elements = sum(_elements(states) for states in coded)
+        layers.append(CodedLayer("quantized" if elements else "native", nbytes_held(coded), elements))
+    return layers
+
+
+def _elements(states: Any) -> int:
+    """Numbers in a quantized tensor: a tensor subclass (quanto), or codes and a dict with their shape (hqq)."""
+    if states is None:
+        return 0
+    return math.prod(states[1]["shape"]) if isinstance(states, tuple) else int(states.numel())
+
+
+def exact_elements(cache: Any) -> int:
+    """Numbers in the full-precision keys and values of transformers' own layers."""
+    states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(t.numel() for t in states if t is not None)
 
 
 def bf16_nbytes(config: Any, tokens: int) -> int:

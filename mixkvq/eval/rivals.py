@@ -17,7 +17,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 from .. import reference
 from ..config import MixKVQConfig
+from ..errors import UserError
 from ..policy.patterns import counts_of, scale_counts
 
 Floats = NDArray[np.float32]
@@ -126,12 +129,59 @@ SIMULATED: dict[str, Callable[[dict[str, Any]], Any]] = {
 """Rivals that run on the reference: fields of `MixKVQConfig` -> simulator."""
 
 
-def transformers_cache(backend: str, bits: int, residual_length: int) -> Callable[[Any], Any]:
-    """transformers' `QuantizedCache`, which codes everything but the newest tokens again in every flush."""
+BACKENDS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "hqq": ("hqq", (1, 2, 3, 4, 8)),
+    "quanto": ("optimum-quanto", (2, 4)),
+}
+"""Back ends of transformers' `QuantizedCache`: the package that each needs, and its numbers of bits."""
+
+_BACKEND_FIELDS = ("residual_length", "q_group_size", "axis_key", "axis_value")
+
+
+def transformers_cache(backend: str, bits: int, fields: dict[str, Any]) -> tuple[str, Callable[[Any], Any]]:
+    """transformers' `QuantizedCache`.
+
+    It has no sinks, and it does not keep what it has coded: the first call codes all of its tokens, the newest ones
+    too, and whenever the exact window reaches ``residual_length`` everything is decoded and coded again, window and
+    history alike (transformers 5.23, ``QuantizedLayer.update``). It keeps full attention in every layer, sliding ones
+    included.
+
+    Parameters
+    ----------
+    backend : {"hqq", "quanto"}
+    bits : int
+    fields : dict
+        Of ``residual_length`` (default 128), ``q_group_size`` (64), ``axis_key``, ``axis_value`` (0).
+
+    Returns
+    -------
+    details : str
+        Back end, its version, and the fields.
+    build : callable
+        Model -> empty cache.
+
+    Raises
+    ------
+    ValueError
+        For another number of bits or another field.
+    UserError
+        If the back end's package is not installed.
+    """
+    package, known = BACKENDS[backend]
+    if bits not in known:
+        raise ValueError(f"{backend} has {', '.join(map(str, known))} bits")
+    for name in fields:
+        if name not in _BACKEND_FIELDS:
+            raise ValueError(f"{name!r} is no field of transformers' QuantizedCache: {', '.join(_BACKEND_FIELDS)}")
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise UserError(f"scheme {backend}-{bits} needs the package {package}: pip install {package}") from None
+    options = {"residual_length": 128, **fields}
 
     def build(model: Any) -> Any:
         from transformers import QuantizedCache
 
-        return QuantizedCache(backend, model.config, nbits=bits, residual_length=residual_length)
+        return QuantizedCache(backend, model.config, nbits=bits, **options)
 
-    return build
+    return f"{backend}-{bits} {found} {json.dumps(options, sort_keys=True)}", build

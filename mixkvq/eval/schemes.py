@@ -92,15 +92,17 @@ def parse_scheme(text: str, common: Mapping[str, Any] | None = None) -> Scheme:
         For an unknown name or a wrong field.
     """
     name, *parts = text.split(":")
-    fields = {**(common or {}), **_fields(parts, text)}
+    own = _fields(parts, text)
     try:
-        return _scheme(text, name, fields)
+        return _scheme(text, name, own, {**(common or {}), **own})
     except (TypeError, ValueError) as error:
         raise UserError(f"scheme {text!r}: {error}") from error
 
 
-def _scheme(text: str, name: str, fields: dict[str, Any]) -> Scheme:
+def _scheme(text: str, name: str, own: dict[str, Any], fields: dict[str, Any]) -> Scheme:
     if name == EXACT:
+        if own:
+            raise ValueError("exact has no fields")
         return Scheme(text, "exact", None, EXACT, _exact)
     if name.startswith(_SIMULATED):
         from .simulate import ReferenceSimulator
@@ -115,10 +117,8 @@ def _scheme(text: str, name: str, fields: dict[str, Any]) -> Scheme:
         rival = rivals.SIMULATED[name](fields)
         return Scheme(text, "simulated", rival.config, f"{name} {rival.config.to_json()}", _simulated(rival))
     if match := re.fullmatch(r"(hqq|quanto)-(\d+)", name):
-        backend, bits = match[1], int(match[2])
-        residual = int(fields.get("residual_length", 128))
-        build = rivals.transformers_cache(backend, bits, residual)
-        return Scheme(text, "transformers", None, f"{name} residual {residual}", build)
+        details, build = rivals.transformers_cache(match[1], int(match[2]), own)
+        return Scheme(text, "transformers", None, details, build)
     preset, at, file = name.partition("@")
     if preset not in list_presets():
         known = [EXACT, *list_presets(), *rivals.PACKED, *rivals.SIMULATED, "hqq-4", "quanto-4", f"{_SIMULATED}PRESET"]

@@ -66,7 +66,8 @@ class ReferenceSimulator:
         """As in `Simulator`."""
         codec = self.config.codec(k.shape[-1], state["dtype"])
         x, y = (reference.narrow(states, codec.dtype) for states in (k, v))
-        records, state["mu"], _ = reference.pack_layer(codec, x, y, importance, state.get("mu"))
+        heads, state["mu"], _ = reference.pack_heads(codec, x, y, importance, state.get("mu"))
+        records = [head[0] for head in heads]
         decoded = [reference.unpack(r, mu) for r, mu in zip(records, state["mu"], strict=True)]
         keys, values = (np.stack([pair[i] for pair in decoded]) for i in (0, 1))
         return keys, values, float(sum(map(len, records)))

@@ -30,7 +30,7 @@ def kl_table(title: str, rows: Sequence[Summary], baseline: str | None) -> Table
         table.add_column(f"KL / {baseline}", justify="right")
     for row in rows:
         cells = [
-            row.scheme.label,
+            f"{row.scheme.label}\n  {row.note}" if row.note else row.scheme.label,
             bits(row.true_bits),
             bits(row.effective_bits),
             interval(row.kl),
