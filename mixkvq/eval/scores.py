@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def run_harness(
     -------
     dict
         With "results" and "samples" by task.
+
+    Raises
+    ------
+    UserError
+        When lm-eval does not know a task or cannot load its data.
     """
     quiet_harness()
     from lm_eval import evaluator  # type: ignore[import-untyped]
@@ -84,7 +90,13 @@ def run_harness(
 
     set_seed(SEED)
     names = [task for task in tasks if isinstance(task, str)]
-    loaded = (task_manager or TaskManager()).load(names) if names else {"tasks": {}, "groups": {}}
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    if names:
+        try:
+            loaded = (task_manager or TaskManager()).load(names)
+        except (KeyError, ValueError, OSError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"lm-eval cannot load {', '.join(names)}: {first}") from error
     loaded["tasks"].update({task.config.task: task for task in tasks if not isinstance(task, str)})
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -128,25 +140,27 @@ def evaluate(
     from .lm import PROTOCOL, MixKVQLM
 
     lm = MixKVQLM(model, scheme, results=results, emit=emit, tokenizer=tokenizer, batch_size=batch_size)
-    try:
-        found = run_harness(lm, tasks, **options)
-    except (KeyError, ValueError, OSError) as error:
-        raise UserError(f"lm-eval cannot run {', '.join(map(str, tasks))}: {_first_line(error)}") from error
+    emit("say", f"Requests with {scheme.label}")
+    found = run_harness(lm, tasks, **options)
     true_bits, effective_bits = bits_over(lm.answered)
     scores = []
     for task, values in found["results"].items():
+        samples = found["samples"].get(task, [])  # none for a group of tasks
+        asked = [(sample["prompt_hash"], sample["target_hash"]) for sample in samples]
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
         for metric, value in values.items():
             name, comma, filtered = metric.partition(",")
             if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            units = _units(found["samples"].get(task, []), name, filtered, float(value))
+            units = _units(samples, name, filtered, float(value))
             scores.append(Score(scheme, f"{task} {metric}", float(value), units, true_bits, effective_bits))
             key = {
                 "measure": "lm-eval",
                 **identity(model),
                 "task": task,
                 "metric": metric,
-                "samples": len(found["samples"].get(task, [])),
+                "samples": len({sample["doc_id"] for sample in samples}),
+                "requests": digest,
                 "options": {k: v for k, v in options.items() if isinstance(v, (int, float, str))},
                 "protocol": PROTOCOL,
                 "scheme": scheme.name,
@@ -156,10 +170,6 @@ def evaluate(
             if results.find(key) is None:
                 results.add(key, values_of)
     return scores
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _units(samples: Sequence[Mapping[str, Any]], metric: str, filtered: str, value: float) -> Doubles | None:

@@ -15,6 +15,8 @@ from .problems import Problem, made_problems, read_problems
 from .scores import quiet_harness
 
 MADE = "made"
+STOPS = ("Question:", "<|endoftext|>", "<|im_end|>", "</s>")
+"""A new question, and the end tokens of model families: a model may write another one than its configuration says."""
 
 
 def choose(source: str, count: int, shots: int, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
@@ -70,7 +72,7 @@ def task(questions: Sequence[Problem], shots: Sequence[Problem], max_new_tokens:
             "fewshot_config": {"sampler": "first_n", "samples": rows(shots)},
             "num_fewshot": len(shots),
             "metric_list": [{**number, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}],
-            "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": max_new_tokens},
+            "generation_kwargs": {"until": list(STOPS), "do_sample": False, "max_gen_toks": max_new_tokens},
             "filter_list": [
                 {"name": "strict", "filter": [_regex(r"#### (\-?[0-9\.\,]+)"), {"function": "take_first"}]},
                 {
