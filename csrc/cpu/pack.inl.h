@@ -60,24 +60,23 @@ static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uin
         plane[index] = (uint8_t)bits;
 }
 
-/* Ors (code >> drop) & mask of n elements, shifted, into n words. */
-static inline void put_bits(uint32_t *words, const float *x, int n, const group_code *g, int drop,
-                            uint32_t mask, int shift)
+static inline void put_bits(uint32_t *words, vi bits, int shift)
 {
-    for (int i = 0; i < n; i += 8) {
-        const vi code = vi_and1(vi_shr(vi_from_vf(codes_of(vf_load(x + i), g)), drop), mask);
-        vi_store(words + i, vi_or(vi_load(words + i), vi_shl(code, shift)));
-    }
+    vi_store(words, vi_or(vi_load(words), vi_shl(bits, shift)));
 }
 
-/* The codes of n elements; `words` begins the columns (rows), which are `length` words long;
- * `at` is the first element's index in its column. */
+/* Ors the codes of n elements into their words; `words` begins the columns (rows), which are
+ * `length` words long; `at` is the first element's index in its column. */
 static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place,
                              const float *x, int n, const group_code *g)
 {
-    put_bits(words + place.words * length + at, x, n, g, 0, place.mask, place.shift);
-    if (place.third >= 0)
-        put_bits(words + place.third * length + at, x, n, g, 2, 1, place.third_shift);
+    uint32_t *low = words + place.words * length + at, *third = words + place.third * length + at;
+    for (int i = 0; i < n; i += 8) {
+        const vi code = vi_from_vf(codes_of(vf_load(x + i), g));
+        put_bits(low + i, vi_and1(code, place.mask), place.shift);
+        if (place.third >= 0)
+            put_bits(third + i, vi_shr(code, 2), place.third_shift);
+    }
 }
 
 /* Codes one channel; 0 if a group does not fit. `stored` is its index in stored order. */
