@@ -21,7 +21,8 @@ static int begin_block(const mkvq_pack_args *a, int64_t row, int64_t head, int64
 {
     const mkvq_codec *codec = a->codec;
     const int dim = codec->head_dim, reference = has_reference(codec);
-    b->source = (block_source){a, row, head, a->first[row] + block * codec->block_length, NULL, 0};
+    b->source = (block_source){.args = a, .row = row, .head = head};
+    b->source.token = a->first[row] + block * codec->block_length;
     b->unit = row * a->k.shape[1] + head, b->index = b->unit * a->max_blocks + block;
     b->importance = a->importance ? a->importance + b->unit * dim : NULL;
     b->record = a->out + b->index * a->out_stride;
@@ -60,24 +61,36 @@ static void no_record(const mkvq_pack_args *a, int64_t index)
         a->raised[index] = 0;
 }
 
+/* Tier id of every channel; 0 if the block must become an exact record. */
+static int choose_block(block_job *b, float *panel, uint8_t *tier)
+{
+    const mkvq_codec *codec = b->source.args->codec;
+    channel_stats stats;
+    if (codec->allocate == MKVQ_ALLOCATE_EXACT)
+        return 0;
+    const int only = only_tier(codec);
+    if (only >= 0) {
+        memset(tier, only, (size_t)codec->head_dim);
+        return 1;
+    }
+    if (!measure_block(&b->source, panel, &stats))
+        return 0;
+    return mkvq_has_budget(codec)
+               ? choose_within_budget(codec, &stats, b->importance, b->record, tier)
+               : choose_tiers(codec, &stats, b->importance, tier);
+}
+
 static void pack_unit(const mkvq_pack_args *a, int64_t row, int64_t head)
 {
-    const mkvq_codec *codec = a->codec;
-    float panel[8 * MKVQ_MAX_BLOCK];
+    float panel[PANEL_FLOATS];
     for (int64_t j = 0; j < a->max_blocks; j++) {
-        channel_stats stats;
         block_job b;
         uint8_t tier[MKVQ_MAX_HEAD_DIM];
         if (j >= a->blocks[row]) {
             no_record(a, (row * a->k.shape[1] + head) * a->max_blocks + j);
             continue;
         }
-        const int fits = begin_block(a, row, head, j, panel, &b);
-        const int coded = fits && codec->allocate != MKVQ_ALLOCATE_EXACT &&
-                          measure_block(&b.source, panel, &stats) &&
-                          (mkvq_has_budget(codec)
-                               ? choose_within_budget(codec, &stats, b.importance, b.record, tier)
-                               : choose_tiers(codec, &stats, b.importance, tier));
+        const int coded = begin_block(a, row, head, j, panel, &b) && choose_block(&b, panel, tier);
         finish_block(a, coded ? tier : NULL, panel, &b);
     }
 }
@@ -87,7 +100,7 @@ static void pack_layer_unit(const mkvq_pack_args *a, int64_t row)
 {
     const mkvq_codec *codec = a->codec;
     const int64_t heads = a->k.shape[1], stride = a->max_blocks * a->out_stride;
-    float panel[8 * MKVQ_MAX_BLOCK];
+    float panel[PANEL_FLOATS];
     for (int64_t j = 0; j < a->max_blocks; j++) {
         uint8_t *slots = a->out + (row * heads * a->max_blocks + j) * a->out_stride;
         block_job b;

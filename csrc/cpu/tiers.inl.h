@@ -27,6 +27,17 @@ static int uses_tier(const mkvq_codec *codec, int tier)
     return 0;
 }
 
+/* The tier of all channels where nothing depends on the data, else -1. */
+static int only_tier(const mkvq_codec *codec)
+{
+    if (codec->allocate != MKVQ_ALLOCATE_PATTERNS || codec->n_patterns > 1)
+        return -1;
+    for (int t = 0; t < MKVQ_TIERS; t++)
+        if (codec->patterns[0][t] == codec->head_dim)
+            return t;
+    return -1;
+}
+
 /* Statistics of one channel, x[0..T). */
 static void measure_channel(const mkvq_codec *codec, const float *x, int channel,
                             channel_stats *stats)
