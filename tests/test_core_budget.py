@@ -69,6 +69,24 @@ def test_ties_equal_the_oracle(isa, allocate, cost):
                 assert sum(map(columns_of, records)) <= 3 * columns
 
 
+@examples(60)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(3, 7))
+def test_measured_errors_equal_the_oracle_to_the_last_bit(isa, seed, tier, columns):
+    """Channels hold the same numbers in another order: their errors differ by roundings, which decide who gets bits.
+
+    Most numbers lie within a few units in the last place of half a step of one width's scale.
+    """
+    rng = np.random.default_rng(seed)
+    levels = 2 ** (tier + 1) - 1
+    scale = np.float32(2.0 ** rng.integers(-8, 5) * (1 + rng.integers(0, 8) / 8))
+    codes = rng.integers(0, levels, 32) + np.float32(0.5)
+    column = (codes.astype(np.float32) * scale).view(np.int32) + rng.integers(-2, 3, 32).astype(np.int32)
+    column = column.view(np.float32)
+    column[:2] = 0, np.float32(levels) * scale
+    k = np.ascontiguousarray(np.stack([rng.permutation(column) for _ in range(64)], axis=1))[None]
+    pack(budget_codec("budget", columns, 64, "measured", key_reference="none"), k, ramp(32, 64)[None])
+
+
 @pytest.mark.parametrize("allocate", ["budget", "layer"])
 def test_the_budget_is_kept_and_pooled(isa, allocate):
     """One head's queries weigh a hundred times more: it takes columns from the others only where they are pooled."""
