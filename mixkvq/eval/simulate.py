@@ -159,8 +159,8 @@ class SimulatedCache(MixKVQCache):
         self.simulator = simulator
         super().__init__(simulator.config, config=config)
 
-    def _new_layer(self) -> MixKVQLayer:
-        return SimulatedLayer(self.simulator, len(self.layers), self.ledger)
+    def _new_layer(self, index: int) -> MixKVQLayer:
+        return SimulatedLayer(self.simulator, index, self.ledger)
 
     def report(self) -> Report:
         """As `MixKVQCache.report`, of what the records would take."""

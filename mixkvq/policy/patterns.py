@@ -24,6 +24,25 @@ def counts_of(pattern: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(pattern.get(bits, 0) for bits in TIER_BITS)
 
 
+def full_menu(columns: int) -> tuple[dict[int, int], ...]:
+    """Every pattern ``{bits: channels}`` of 64 channels that fills this many u32 columns to the last bit.
+
+    With c8, c4, c2 and c1 columns of a kind there are 4 c8 channels of 8 bits and 8 c4 of 4; a 3-bit channel takes an
+    entry of a two-bit and one of a one-bit column, so that their number follows from the 64.
+    """
+    menu = []
+    for c8 in range(columns + 1):
+        for c4 in range(columns + 1 - c8):
+            for c2 in range(columns + 1 - c8 - c4):
+                c1 = columns - c8 - c4 - c2
+                n8, n4 = 4 * c8, 8 * c4
+                n3 = n8 + n4 + 16 * c2 + 32 * c1 - 64
+                split = {8: n8, 4: n4, 3: n3, 2: 16 * c2 - n3, 1: 32 * c1 - n3}
+                if min(split.values()) >= 0:
+                    menu.append({bits: n for bits, n in split.items() if n})
+    return tuple(menu)
+
+
 def scale_menu(menu: Sequence[Mapping[int, int]], head_dim: int) -> tuple[tuple[int, ...], ...]:
     """Patterns ``{bits: channels}`` for 64 channels as channels per tier id for ``head_dim`` channels.
 
