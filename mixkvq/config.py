@@ -105,7 +105,8 @@ class MixKVQConfig:
     thresholds : (float, float)
         (high, low): A_d above high stays exact, above low gets 4 bits, the others 2.
     key_range, value_range : {"minmax", "search"}
-        Range of a group: its minimum and maximum, or the clip with the least squared error.
+        Range of a group: its minimum and maximum, or the clip with the least error, in which
+        the part along the group counts more (docs/format.md section 4, step 4).
     key_group_size : int
         Tokens that share a key channel's scale and offset; a multiple of 32 that divides ``block_length``.
     key_metadata, value_metadata : {"e5m3", "fp16"}

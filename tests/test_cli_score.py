@@ -127,3 +127,20 @@ def test_progress_is_told(model: Any) -> None:
     events: list[tuple[str, Any]] = []
     teacher_forced(model, text(model, 80), 40, DynamicCache(), DynamicCache(), 0, 32, lambda *e: events.append(e))
     assert events == [("layer", (1, 2)), ("layer", (2, 2)), ("chunk", (24, 40)), ("chunk", (40, 40))]
+
+
+def test_kl_of_nearly_equal_logits_is_not_the_noise_of_float32() -> None:
+    p = torch.randn(20, 5000, generator=torch.Generator().manual_seed(2)) * 4
+    shift = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    for size in (0.0, 1e-6, 1e-4, 1e-2, 1.0, 20.0):
+        q = p + size * shift
+        a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        found = kl_divergence(p, q)
+        assert (found >= 0).all()
+        assert found.tolist() == pytest.approx((a.exp() * (a - b)).sum(-1).tolist(), rel=5e-3, abs=1e-11)
+
+
+def test_kl_of_disjoint_logits() -> None:
+    p, q = torch.tensor([[0.0, -300.0]]), torch.tensor([[-300.0, 0.0]])
+    assert kl_divergence(p, q).item() == pytest.approx(300)
+    assert kl_divergence(p, p + 1000).item() == 0

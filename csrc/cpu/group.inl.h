@@ -63,15 +63,36 @@ static inline vf codes_of(vf x, const group_code *g)
     return vf_round(vf_min(vf_max(z, vf_set1(0.0f)), vf_set1((float)g->limit)));
 }
 
-static inline float squared_error(const float *x, int n, const group_code *g)
+/* What step 4 asks of the group itself: its mean and the energy around it. */
+typedef struct {
+    float mean, energy;
+} group_moments;
+
+static inline group_moments find_moments(const float *x, int n)
 {
-    vf sum = vf_set1(0.0f);
+    vf sum = vf_set1(0.0f), squares = sum;
+    for (int i = 0; i < n; i += 8)
+        sum = vf_add(sum, vf_load(x + i));
+    const float mean = vf_sum(sum) / (float)n;
+    for (int i = 0; i < n; i += 8) {
+        const vf y = vf_sub(vf_load(x + i), vf_set1(mean));
+        squares = vf_add(squares, vf_mul(y, y));
+    }
+    return (group_moments){mean, vf_sum(squares)};
+}
+
+/* Step 4: squared error, and more for its part along the group, which does not average out. */
+static inline float weighted_error(const float *x, int n, const group_code *g, group_moments m)
+{
+    vf squares = vf_set1(0.0f), along = squares;
     for (int i = 0; i < n; i += 8) {
         const vf y = vf_load(x + i), c = codes_of(y, g);
         const vf d = vf_sub(y, vf_add(vf_mul(c, vf_set1(g->scale)), vf_set1(g->offset)));
-        sum = vf_add(sum, vf_mul(d, d));
+        squares = vf_add(squares, vf_mul(d, d));
+        along = vf_add(along, vf_mul(d, vf_sub(y, vf_set1(m.mean))));
     }
-    return vf_sum(sum);
+    const float a = vf_sum(along);
+    return vf_sum(squares) + 15.0f * (m.energy > 0.0f ? a / m.energy * a : 0.0f);
 }
 
 /* Chooses scale and offset of a group whose minimum and maximum are `r`; 0 if nothing fits.
@@ -90,10 +111,11 @@ static int code_group(const float *x, int n, group_range r, int bits, int metada
             return 0;
         if (metadata == MKVQ_META_FP16_FP16 && r.high == r.low)
             best->limit = 0;
-        best->error = need_error ? squared_error(x, n, best) : 0.0f;
+        best->error = need_error ? weighted_error(x, n, best, find_moments(x, n)) : 0.0f;
         return 1;
     }
     const float middle = (r.high + r.low) * 0.5f, half = (r.high - r.low) * 0.5f;
+    const group_moments moments = find_moments(x, n);
     int found = 0;
     for (int i = 0; i < count[row[bits]]; i++) {
         const float ratio = ratios[row[bits]][i];
@@ -102,7 +124,7 @@ static int code_group(const float *x, int n, group_range r, int bits, int metada
             continue;
         if (metadata == MKVQ_META_FP16_FP16 && r.high == r.low)
             g.limit = 0;
-        g.error = squared_error(x, n, &g);
+        g.error = weighted_error(x, n, &g, moments);
         if (!found || g.error < best->error)
             *best = g, found = 1;
     }

@@ -93,11 +93,11 @@ static void assign_pattern(const uint16_t *pattern, const uint8_t *rank, uint8_t
             tier[rank[i++]] = (uint8_t)t;
 }
 
-/* Expected squared error per token of a channel in a tier below exact, or NO_FIT. */
+/* Expected error per token of a channel in a tier below exact, or NO_FIT. */
 static inline float channel_error(const mkvq_codec *codec, const channel_stats *stats, int channel,
                                   int tier)
 {
-    static const float error_of_bits[MKVQ_TIER_EXACT] = {0.38f, 0.118f, 0.035f, 0.0115f, 0.00006f};
+    static const float error_of_bits[MKVQ_TIER_EXACT] = {0.56f, 0.125f, 0.031f, 0.0082f, 0.0003f};
     return codec->pattern_cost == MKVQ_COST_MODEL ? stats->variance[channel] * error_of_bits[tier]
                                                   : stats->measured[channel][tier];
 }

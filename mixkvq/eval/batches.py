@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import QuantizedCache, StoppingCriteria, StoppingCriteriaList
 
+from .replay import Prefill
+
 STAGE = 32
 """Tokens after which finished rows leave the batch."""
 
@@ -36,6 +38,14 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, 
     return ids, mask
 
 
+def read_batch(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> Prefill | None:
+    """The first pass over prompts but their last tokens, for any `continue_batch`; None if a prompt has no other."""
+    if min(map(len, prompts)) < 2:
+        return None
+    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
+    return Prefill.record(model, ids[:, :-1].to(model.device), mask[:, :-1].to(model.device))
+
+
 def continue_batch(
     model: Any,
     tokenizer: Any,
@@ -43,6 +53,7 @@ def continue_batch(
     cache: Any,
     new_tokens: int,
     stops: Sequence[str] = (),
+    prefill: Prefill | None = None,
     **options: Any,
 ) -> list[list[int]]:
     """Continue prompts with ``model.generate``, one cache for all of them.
@@ -56,6 +67,8 @@ def continue_batch(
         At most, for each row.
     stops : sequence of str
         A row ends with the token that completes one of them, or with an end token of the model.
+    prefill : Prefill, optional
+        Of these prompts, padded, without their last token (see `read_batch`): they are not read again.
     **options
         For ``generate``, such as ``do_sample=False``.
 
@@ -72,6 +85,8 @@ def continue_batch(
     found: list[list[int]] = [[] for _ in prompts]
     rows, going = list(range(len(prompts))), set(range(len(prompts)))
     with torch.inference_mode():
+        if prefill is not None:
+            prefill.replay(cache)
         while going and ids.shape[1] < begin + new_tokens:
             before = ids.shape[1]
             ids = model.generate(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from lm_eval.models.utils import (  # type: ignore[import-untyped]
 )
 
 from ..fingerprint import identity
-from .batches import continue_batch
+from .batches import continue_batch, read_batch
 from .bits import bits_of
 from .forced import forced_logits, scheme_ends
 from .replay import Prefill
@@ -38,10 +38,22 @@ from .results import Results
 from .schemes import Scheme, parse_scheme
 from .stream import Emit
 
+Ask = tuple[list[int], list[str], int, dict[str, Any]]
+"""Token ids, stop strings, new tokens and options of ``generate`` of a request."""
+
 PROTOCOL = (
     "prompts in left-padded batches, a fresh cache each; likelihoods with the context but its last token read at once, "
     "the rest in chunks that end on block borders"
 )
+
+
+def batches_of(asks: Sequence[Ask], todo: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Requests ``todo`` in batches of equal options, the longest first."""
+    order = sorted(todo, key=lambda i: (json.dumps(asks[i][1:], sort_keys=True), -len(asks[i][0]), asks[i][0]))
+    while order:
+        same = [i for i in order[:size] if asks[i][1:] == asks[order[0]][1:]]
+        yield same
+        order = order[len(same) :]
 
 
 @register_model("mixkvq")
@@ -114,16 +126,13 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations of (prompt, options) requests; those of equal options in batches, the longest first."""
         asks = [self._ask(*request.args) for request in requests]
-        found = [self._find(self._key("answer", ask)) for ask in asks]
-        todo = [i for i, values in enumerate(found) if values is None]
-        todo.sort(key=lambda i: (json.dumps(asks[i][1:], sort_keys=True), -len(asks[i][0]), asks[i][0]))
-        done = len(asks) - len(todo)
-        while todo:
+        found = [self.known(ask) for ask in asks]
+        done = sum(values is not None for values in found)
+        for same in batches_of(asks, [i for i, values in enumerate(found) if values is None], self.batch_size):
             self._emit("chunk", (done, len(asks)))
-            same = [i for i in todo[: self.batch_size] if asks[i][1:] == asks[todo[0]][1:]]
-            for i, values in zip(same, self._continue([asks[i] for i in same]), strict=True):
-                found[i] = self._keep(self._key("answer", asks[i]), values)
-            todo, done = todo[len(same) :], done + len(same)
+            for i, values in zip(same, self.answer([asks[i] for i in same]), strict=True):
+                found[i] = values
+            done += len(same)
         self._emit("chunk", (done, len(asks)))
         answers = [values for values in found if values is not None]
         self.answered += answers
@@ -131,8 +140,18 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
             self.cache_hook.add_partial("generate_until", request.args, values["text"])
         return [values["text"] for values in answers]
 
-    def _ask(self, prompt: str, options: dict[str, Any]) -> tuple[list[int], list[str], int, dict[str, Any]]:
-        """(token ids, stop strings, new tokens, options of ``generate``) of a request."""
+    def known(self, ask: Ask) -> dict[str, Any] | None:
+        """What a request gave before."""
+        return self._find(self._key("answer", ask))
+
+    def answer(self, asks: Sequence[Ask], prefill: Prefill | None = None) -> list[dict[str, Any]]:
+        """Answer requests of equal options in one batch; ``prefill`` as in `continue_batch`."""
+        values = self._continue(asks, prefill)
+        return [
+            self.known(ask) or self._keep(self._key("answer", ask), new) for ask, new in zip(asks, values, strict=True)
+        ]
+
+    def _ask(self, prompt: str, options: dict[str, Any]) -> Ask:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         rest = normalize_gen_kwargs(options, self.max_gen_toks)
         stops, new = handle_stop_sequences(rest.pop("until", None), eos=eos), rest.pop("max_gen_toks")
@@ -143,10 +162,11 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
             raise ValueError(f"max_gen_toks is {new}, must be below the model's {self.max_length} positions")
         return self.tok_encode(prompt)[-room:], [s for s in stops if s], new, rest
 
-    def _continue(self, asks: Sequence[tuple[list[int], list[str], int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _continue(self, asks: Sequence[Ask], prefill: Prefill | None = None) -> list[dict[str, Any]]:
         _, stops, new_tokens, options = asks[0]
         cache, start = self.scheme.cache(self.model), time.perf_counter()
-        found = continue_batch(self.model, self.tokenizer, [a[0] for a in asks], cache, new_tokens, stops, **options)
+        prompts = [ask[0] for ask in asks]
+        found = continue_batch(self.model, self.tokenizer, prompts, cache, new_tokens, stops, prefill, **options)
         seconds = (time.perf_counter() - start) / len(asks)
         bits = bits_of(cache)
         return [
@@ -217,6 +237,57 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
             greedy &= bool((rows.argmax(-1) == want).all())
             begin += len(logits)
         return {"log_probability": total, "greedy": greedy, "tokens": inputs.shape[1], **bits_of(cache)}
+
+
+class _Listener(MixKVQLM):
+    """Listens to what a task asks and answers nothing."""
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        self.asks = [self._ask(*request.args) for request in requests]
+        return [""] * len(requests)
+
+
+def answer_together(
+    model: Any,
+    tokenizer: Any,
+    schemes: Sequence[Scheme],
+    ask: Callable[[MixKVQLM], Any],
+    results: Results,
+    emit: Emit,
+    batch_size: int,
+) -> None:
+    """Answer the generation requests of a task with several schemes; every batch of prompts is read once for all.
+
+    Parameters
+    ----------
+    model, tokenizer : a causal language model of transformers and its tokenizer
+    schemes : sequence of Scheme
+    ask : callable
+        Runs the task with the model it is given.
+    results : Results
+        Keeps the answers; a later run of the task finds them there.
+    emit : callable
+        Told of ("chunk", (done, total)) answers.
+    batch_size : int
+    """
+    listener = _Listener(model, schemes[0], tokenizer=tokenizer, batch_size=batch_size)
+    ask(listener)
+    asks: list[Ask] = getattr(listener, "asks", [])
+    answering = [
+        MixKVQLM(model, scheme, results=results, tokenizer=tokenizer, batch_size=batch_size) for scheme in schemes
+    ]
+    total = len(asks) * len(schemes)
+    done = sum(lm.known(a) is not None for a in asks for lm in answering)
+    todo = [i for i, a in enumerate(asks) if any(lm.known(a) is None for lm in answering)]
+    for same in batches_of(asks, todo, batch_size):
+        batch = [asks[i] for i in same]
+        prefill = read_batch(model, tokenizer, [a[0] for a in batch])
+        for lm in answering:
+            missing = sum(lm.known(a) is None for a in batch)
+            if missing:
+                lm.answer(batch, prefill)
+                done += missing
+            emit("chunk", (done, total))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ def frontier(path: Path, rows: Sequence[Summary], title: str) -> Path:
     Path
         Of the PNG.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     seen: set[str] = set()
     for row in rows:
         if row.true_bits is None or row.kl.value <= 0:
@@ -49,6 +47,5 @@ def frontier(path: Path, rows: Sequence[Summary], title: str) -> Path:
     axes.grid(alpha=0.25, which="both")
     if seen:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)
     return path

@@ -90,6 +90,16 @@ def made_problems(count: int, seed: int = 0) -> list[Problem]:
     return [r.choice(_KINDS)(r) for _ in range(count)]
 
 
+def read_text(path: Path) -> str:
+    """A text file's content; raises `UserError` where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text file (UTF-8)") from error
+
+
 def read_problems(path: Path) -> list[Problem]:
     """Problems of a JSON-lines file with "question" and "answer", the answer ending in ``#### number`` (as GSM8K has).
 
@@ -99,11 +109,7 @@ def read_problems(path: Path) -> list[Problem]:
         Naming the line that is none.
     """
     problems = []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             row = json.loads(line)
             problem = Problem(str(row["question"]), re.sub(r"<<[^>]*>>", "", str(row["answer"])))

@@ -58,8 +58,10 @@ class Prefill:
     """[B, 1, vocabulary] of the last token."""
 
     @classmethod
-    def record(cls, model: Any, ids: torch.Tensor) -> Prefill:
+    def record(cls, model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Prefill:
         """Run a model over ``ids`` [B, n] with an exact cache.
+
+        ``mask`` [B, n] is 0 at padding on the left; positions are counted behind it, as ``generate`` does.
 
         Raises
         ------
@@ -69,7 +71,10 @@ class Prefill:
         cache = _IndexingCache(config=model.config)
         calls: list[AttentionCall] = []
         with torch.inference_mode(), _recording(calls):
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            padded: dict[str, Any] = {}
+            if mask is not None:
+                padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+            logits = model(ids, past_key_values=cache, logits_to_keep=1, **padded).logits
         seen = {call.layer for call in calls}
         missing = [i for i in range(len(cache.layers)) if i not in seen]
         if missing:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+
+_START = b'{"key": '
 
 
 class Results:
@@ -30,22 +33,28 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):  # cut while it was written: that measurement is made again
-                path.write_text("".join(lines[:-1]))
-                lines.pop()
-            for number, line in enumerate(lines, 1):
-                self._read(number, line)
+        try:
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        *lines, rest = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            self._read(number, line)
+        if rest:  # cut while it was written: that measurement is made again
+            if not lines and not rest.startswith(_START[: len(rest)]):
+                raise self._foreign(1)
+            os.truncate(path, len(data) - len(rest))
 
-    def _read(self, number: int, line: str) -> None:
+    def _read(self, number: int, line: bytes) -> None:
         try:
             row = json.loads(line)
             self._known[_canonical(row["key"])] = row["values"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} line {number} is no measurement of `mixkvq eval`; remove the line, or give another --out"
-            ) from error
+            raise self._foreign(number) from error
+
+    def _foreign(self, number: int) -> UserError:
+        what = f"{self.path} line {number} is no measurement of `mixkvq eval`"
+        return UserError(f"{what}; remove the line, or give another --out")
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The values measured for this key, if there are any."""

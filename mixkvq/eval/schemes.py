@@ -91,7 +91,7 @@ def parse_scheme(text: str, common: Mapping[str, Any] | None = None) -> Scheme:
     UserError
         For an unknown name or a wrong field.
     """
-    name, *parts = text.split(":")
+    name, *parts = _split(text, ":")
     own = _fields(parts, text)
     try:
         return _scheme(text, name, own, {**(common or {}), **own})
@@ -157,9 +157,21 @@ def _simulated(simulator: Any) -> Callable[[Any], Any]:
     return build
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """Parts of a text; separators inside brackets or braces, however deep, belong to a part."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def parse_schemes(text: str, common: Mapping[str, Any] | None = None) -> list[Scheme]:
     """Schemes separated by commas (commas inside brackets belong to a value); see `parse_scheme`."""
-    names = [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
+    names = [name.strip() for name in _split(text, ",") if name.strip()]
     if not names:
         raise UserError("--schemes is empty, must name at least one scheme, such as default,compact")
     if len(set(names)) < len(names):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .problems import Problem, made_problems, read_problems
+from .problems import Problem, made_problems, read_problems, read_text
 
 DOMAINS = ("prose", "code", "maths")
 _MODULES = (
@@ -102,7 +102,7 @@ def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window
     elif domain == "code":
         text = _code()
     elif Path(domain).is_file():
-        text = Path(domain).read_text(encoding="utf-8")
+        text = read_text(Path(domain))
     else:
         raise UserError(f"--domains: {domain!r} must be one of {', '.join(DOMAINS)}, or the path of a text file")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -12,8 +12,8 @@ from .numbers import F32, Array, Floats, eight_sum
 TIER_BITS = (1, 2, 3, 4, 8, 0)
 """Bits of the tier ids 0 ... 5; 0 stands for exact."""
 TIER_EXACT = 5
-MODEL_COST = (0.38, 0.118, 0.035, 0.0115, 0.00006)
-"""Expected squared error of the tier ids 0 ... 4, as a share of the variance."""
+MODEL_COST = (0.56, 0.125, 0.031, 0.0082, 0.0003)
+"""Expected error of the tier ids 0 ... 4, as a share of the variance."""
 
 Tiers = NDArray[np.uint8]
 
@@ -71,7 +71,7 @@ def assign(score: Floats, counts: tuple[int, ...]) -> Tiers:
 
 
 def model_errors(x: Floats) -> tuple[Floats, Array]:
-    """Expected squared error per tier id 0 ... 4 and channel, [5, D], from the variance; and that all of them fit."""
+    """Expected error per tier id 0 ... 4 and channel, [5, D], from the variance; and that all of them fit."""
     count = F32(len(x))
     away = x - eight_sum(x) / count
     variance = eight_sum(away * away) / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,46 +37,74 @@ Sink = Annotated[
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for results.jsonl and figures.")]
+Prompt = Annotated[
+    int,
+    typer.Option(
+        "--prefill",
+        help="First tokens, which go into the cache; the queries behind them are compared. Sinks and whole blocks: "
+        "4 + 12 * 128.",
+    ),
+]
 
 ALL_PRESETS = ",".join(name for name in list_presets() if name != "lossless")
-DEFAULT_MODEL, DEFAULT_OUT, DEFAULT_SINK = SMOLLM2, Path("eval-out"), 4
+DEFAULT_MODEL, DEFAULT_OUT, DEFAULT_SINK, DEFAULT_PROMPT = SMOLLM2, Path("eval-out"), 4, 4 + 12 * 128
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What every command begins with."""
+class Options:
+    """What every command checks first."""
 
-    model: Any
-    tokenizer: Any
     schemes: list[Scheme]
     baseline: Scheme
     results: Results
     console: Console
     out: Path
 
-    def bar(self, caption: str) -> Display:
-        """Shows ("chunk", (done, total)) events."""
-        return Display(self.console, {"chunk": caption})
+    def bar(self, caption: str, layers: str = "reading the text") -> Display:
+        """Shows ("chunk", (done, total)) events, and ("layer", ...) ones."""
+        return Display(self.console, {"chunk": caption, "layer": layers})
 
 
-def set_up(
+@dataclass(frozen=True)
+class Setup(Options):
+    """The options and a model."""
+
+    model: Any
+    tokenizer: Any
+
+
+def console() -> Console:
+    """Standard output; 160 columns wide where it is no terminal, so that tables are not squeezed in a file."""
+    found = Console()
+    return found if found.is_terminal or os.environ.get("COLUMNS") else Console(width=160)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's threads, unless None; raises `UserError`."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise UserError(f"--threads is {threads}, must be at least 1")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def check_options(
     *,
-    model: str,
     schemes: str,
     baseline: str | None = None,
     sink: int | None = DEFAULT_SINK,
     threads: int | None = None,
-    dtype: str = "float32",
     out: Path = DEFAULT_OUT,
-) -> Setup:
-    """Check the options, then load the model.
+) -> Options:
+    """Check the options that need no model, and open the results.
 
     Raises
     ------
     UserError
         Naming the option.
     """
-    console = Console()
     common = {} if sink is None or sink < 0 else {"sink_length": sink}
     parsed = parse_schemes(schemes, common)
     base = parsed[0]
@@ -88,17 +117,22 @@ def set_up(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out is {out}, must be a folder that can be written ({error.strerror})") from error
-    results = Results(out / "results.jsonl")
 
+    set_threads(threads)
+    return Options(parsed, base, Results(out / "results.jsonl"), console(), out)
+
+
+def set_up(*, model: str, dtype: str = "float32", **options: Any) -> Setup:
+    """Check the options (those of `check_options`), then load the model.
+
+    Raises
+    ------
+    UserError
+        Naming the option.
+    """
+    checked = check_options(**options)
     from ...eval.models import load, quiet
 
     quiet()
-
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads is {threads}, must be at least 1")
-        torch.set_num_threads(threads)
-    loaded, tokenizer = load(model, dtype, lambda text: console.print(text, style="dim", highlight=False))
-    return Setup(loaded, tokenizer, parsed, base, results, console, out)
+    loaded, tokenizer = load(model, dtype, lambda text: checked.console.print(text, style="dim", highlight=False))
+    return Setup(**vars(checked), model=loaded, tokenizer=tokenizer)

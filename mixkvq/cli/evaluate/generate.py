@@ -99,13 +99,23 @@ def _continue(
 
 
 def _solve(setup: Setup, model: str, source: str, count: int, shots: int, new: int, batch: int) -> None:
-    from ...eval.scores import compare, evaluate
+    from ...eval.lm import answer_together
+    from ...eval.scores import compare, evaluate, run_harness
     from ...eval.solve import choose, task
     from ...eval.task_tables import score_tables
 
     questions, examples = choose(source, count, shots)
     display = setup.bar("solving problems with every scheme")
     try:
+        answer_together(
+            setup.model,
+            setup.tokenizer,
+            list(dict.fromkeys([setup.baseline, *setup.schemes])),
+            lambda lm: run_harness(lm, [task(questions, examples, new)]),
+            setup.results,
+            display.show,
+            batch,
+        )
         rows = compare(
             setup.schemes,
             setup.baseline,
