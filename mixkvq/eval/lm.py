@@ -6,7 +6,8 @@ Importing this module registers it as ``mixkvq``. From the command line, which d
 
 ``preset`` is any scheme of `mixkvq.eval.schemes`; the other arguments are those of lm-eval's ``hf``.
 
-* Generation: batches padded on the left, a fresh cache per batch, rows leave a batch as they finish.
+* Generation: batches padded on the left, a fresh cache per batch, rows leave a batch as they finish. The prompt but its
+  last token is read at once.
 * Likelihoods: the context but its last token is read at once, the rest in chunks that end on block borders
   (`mixkvq.eval.forced`), so that every scored token is predicted from coded blocks, as in decoding. Rolling likelihoods
   have no context: all of their text is read in such chunks.
@@ -42,8 +43,8 @@ Ask = tuple[list[int], list[str], int, dict[str, Any]]
 """Token ids, stop strings, new tokens and options of ``generate`` of a request."""
 
 PROTOCOL = (
-    "prompts in left-padded batches, a fresh cache each; likelihoods with the context but its last token read at once, "
-    "the rest in chunks that end on block borders"
+    "prompts in left-padded batches, a fresh cache each; a prompt or context but its last token read at once, the rest "
+    "through the filled cache, likelihoods in chunks that end on block borders"
 )
 
 
