@@ -37,6 +37,7 @@ from .forced import forced_logits, scheme_ends
 from .replay import Prefill
 from .results import Results
 from .schemes import Scheme, parse_scheme
+from .scores import quiet_harness
 from .stream import Emit
 
 Ask = tuple[list[int], list[str], int, dict[str, Any]]
@@ -271,6 +272,7 @@ def answer_together(
         Told of ("chunk", (done, total)) answers.
     batch_size : int
     """
+    quiet_harness()
     listener = _Listener(model, schemes[0], tokenizer=tokenizer, batch_size=batch_size)
     ask(listener)
     asks: list[Ask] = getattr(listener, "asks", [])
