@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import QuantizedCache, StoppingCriteria, StoppingCriteriaList
 
-from .replay import Prefill
+from .replay import Prefill, read
 
 STAGE = 32
 """Tokens after which finished rows leave the batch."""
@@ -58,6 +58,8 @@ def continue_batch(
 ) -> list[list[int]]:
     """Continue prompts with ``model.generate``, one cache for all of them.
 
+    The prompts but their last tokens are read at once; those, like all new tokens, are read through the filled cache.
+
     Parameters
     ----------
     model, tokenizer : a causal language model of transformers and its tokenizer, which has a padding token
@@ -87,6 +89,8 @@ def continue_batch(
     with torch.inference_mode():
         if prefill is not None:
             prefill.replay(cache)
+        elif min(map(len, prompts)) > 1:
+            read(model, ids[:, :-1], mask[:, :-1], cache)
         while going and ids.shape[1] < begin + new_tokens:
             before = ids.shape[1]
             ids = model.generate(

@@ -6,7 +6,8 @@ Importing this module registers it as ``mixkvq``. From the command line, which d
 
 ``preset`` is any scheme of `mixkvq.eval.schemes`; the other arguments are those of lm-eval's ``hf``.
 
-* Generation: batches padded on the left, a fresh cache per batch, rows leave a batch as they finish.
+* Generation: batches padded on the left, a fresh cache per batch, rows leave a batch as they finish. The prompt but its
+  last token is read at once.
 * Likelihoods: the context but its last token is read at once, the rest in chunks that end on block borders
   (`mixkvq.eval.forced`), so that every scored token is predicted from coded blocks, as in decoding. Rolling likelihoods
   have no context: all of their text is read in such chunks.
@@ -36,14 +37,15 @@ from .forced import forced_logits, scheme_ends
 from .replay import Prefill
 from .results import Results
 from .schemes import Scheme, parse_scheme
+from .scores import quiet_harness
 from .stream import Emit
 
 Ask = tuple[list[int], list[str], int, dict[str, Any]]
 """Token ids, stop strings, new tokens and options of ``generate`` of a request."""
 
 PROTOCOL = (
-    "prompts in left-padded batches, a fresh cache each; likelihoods with the context but its last token read at once, "
-    "the rest in chunks that end on block borders"
+    "prompts in left-padded batches, a fresh cache each; a prompt or context but its last token read at once, the rest "
+    "through the filled cache, likelihoods in chunks that end on block borders"
 )
 
 
@@ -270,6 +272,7 @@ def answer_together(
         Told of ("chunk", (done, total)) answers.
     batch_size : int
     """
+    quiet_harness()
     listener = _Listener(model, schemes[0], tokenizer=tokenizer, batch_size=batch_size)
     ask(listener)
     asks: list[Ask] = getattr(listener, "asks", [])

@@ -139,6 +139,7 @@ def evaluate(
     """
     from .lm import PROTOCOL, MixKVQLM
 
+    quiet_harness()
     lm = MixKVQLM(model, scheme, results=results, emit=emit, tokenizer=tokenizer, batch_size=batch_size)
     emit("say", f"Requests with {scheme.label}")
     found = run_harness(lm, tasks, **options)

@@ -62,6 +62,9 @@ def generate(
     ):
         at_least(option, value, least)
     if problems is not None:
+        from ...eval.models import quiet
+
+        quiet()  # before lm-eval imports tqdm
         from ...eval.solve import choose
 
         choose(problems, count, shots)  # what is wrong with the file shows before the model is loaded
