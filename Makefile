@@ -2,6 +2,7 @@
 #
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
+#   make accuracy what the presets promise, measured on that model (minutes)
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
 #   TORCH       what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -19,7 +20,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp)
 
-.PHONY: demo test slow lint format clean FORCE
+.PHONY: demo test slow accuracy lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -30,6 +31,9 @@ test: $(DONE)/package
 
 slow: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m "slow and not exhaustive" $(TESTFLAGS)
+
+accuracy: $(DONE)/package $(DONE)/model
+	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)
 
 lint: $(DONE)/lint
 	$(BIN)/ruff check .

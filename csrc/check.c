@@ -71,8 +71,8 @@ mkvq_status mkvq_check_codec(const mkvq_codec *c, mkvq_error *error)
     PASS(check_head_dim(c->head_dim, error));
     REQUIRE(is_float(c->dtype), MKVQ_E_DTYPE, "dtype", c->dtype,
             "float32 (1), float16 (2) or bfloat16 (3)");
-    REQUIRE(c->allocate >= 0 && c->allocate <= MKVQ_ALLOCATE_EXACT, MKVQ_E_VALUE, "allocate",
-            c->allocate, "0, 1 or 2");
+    REQUIRE(c->allocate >= 0 && c->allocate <= MKVQ_ALLOCATE_LAYER, MKVQ_E_VALUE, "allocate",
+            c->allocate, "0 to 4");
     if (c->allocate == MKVQ_ALLOCATE_EXACT) {
         REQUIRE(c->block_length >= 1 && c->block_length <= 65535, MKVQ_E_VALUE, "block_length",
                 c->block_length, "1 to 65535");
@@ -107,6 +107,13 @@ mkvq_status mkvq_check_codec(const mkvq_codec *c, mkvq_error *error)
     }
     REQUIRE(c->pattern_cost == 0 || c->pattern_cost == 1, MKVQ_E_VALUE, "pattern_cost",
             c->pattern_cost, "0 or 1");
+    if (mkvq_has_budget(c)) {
+        REQUIRE(c->budget_columns >= (c->head_dim + 31) / 32 &&
+                    c->budget_columns <= c->head_dim / 4,
+                MKVQ_E_VALUE, "budget_columns", c->budget_columns,
+                "from ceil(head_dim / 32) to head_dim / 4");
+        return MKVQ_OK;
+    }
     REQUIRE(c->n_patterns >= 1 && c->n_patterns <= MKVQ_MAX_PATTERNS, MKVQ_E_VALUE, "n_patterns",
             c->n_patterns, "1 to 16");
     for (int p = 0; p < c->n_patterns; p++) {
@@ -152,6 +159,14 @@ int64_t mkvq_record_bound(const mkvq_codec *c)
         const int64_t larger = (exact > coded ? exact : coded) + mkvq_up64(metadata) +
                                2 * 4 * (int64_t)c->block_length;
         return larger > bound ? larger : bound;
+    }
+    if (mkvq_has_budget(c)) { /* of a pool one head may take the 8-bit tier everywhere */
+        const uint16_t two_bits[MKVQ_TIERS] = {0, (uint16_t)c->head_dim};
+        const int most =
+            c->allocate == MKVQ_ALLOCATE_BUDGET ? c->budget_columns : c->head_dim / 4 + 3;
+        const int64_t columns = most - (c->head_dim + 15) / 16;
+        const int64_t coded = coded_bytes(c, two_bits) + 4 * (int64_t)c->block_length * columns;
+        return coded > bound ? coded : bound;
     }
     for (int p = 0; p < c->n_patterns; p++) {
         const int64_t n = coded_bytes(c, c->patterns[p]);

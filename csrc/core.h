@@ -1,8 +1,8 @@
 /* core.h - inside of the core: the kernel table that an instruction set fills, and the units of
  * work that kernels take.
  *
- * A unit is what one thread does on its own: one row and head of a pack, one tile of query rows
- * of an attention. Arguments have been checked. */
+ * A unit is what one thread does on its own: one row and head of a pack (or a whole row), one tile
+ * of query rows of an attention. Arguments have been checked. */
 #ifndef MKVQ_CORE_H
 #define MKVQ_CORE_H
 #include "layout.h"
@@ -14,6 +14,7 @@ typedef struct {
     const char *name;
     void (*salience)(const mkvq_salience_args *, int64_t row, int64_t head);
     void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head);
+    void (*pack_layer)(const mkvq_pack_args *, int64_t row); /* all heads, for ALLOCATE_LAYER */
     void (*unpack)(const mkvq_unpack_args *, int64_t row, int64_t head);
     void (*attend)(const mkvq_attend_args *, int64_t row, int64_t head, int64_t tile);
 } mkvq_kernels;
@@ -30,6 +31,11 @@ mkvq_status mkvq_check_pack(const mkvq_pack_args *args, mkvq_error *error);
 mkvq_status mkvq_check_unpack(const mkvq_unpack_args *args, mkvq_error *error);
 mkvq_status mkvq_check_append(const mkvq_append_args *args, mkvq_error *error);
 mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
+
+static inline int mkvq_has_budget(const mkvq_codec *codec)
+{
+    return codec->allocate == MKVQ_ALLOCATE_BUDGET || codec->allocate == MKVQ_ALLOCATE_LAYER;
+}
 
 static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,
                                             int64_t block)

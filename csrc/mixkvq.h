@@ -88,7 +88,13 @@ typedef enum {
 } mkvq_tier;
 typedef enum { MKVQ_META_E5M3_INT8, MKVQ_META_FP16_FP16 } mkvq_metadata;
 typedef enum { MKVQ_RANGE_MINMAX, MKVQ_RANGE_SEARCH } mkvq_range;
-typedef enum { MKVQ_ALLOCATE_PATTERNS, MKVQ_ALLOCATE_THRESHOLD, MKVQ_ALLOCATE_EXACT } mkvq_allocate;
+typedef enum {
+    MKVQ_ALLOCATE_PATTERNS,
+    MKVQ_ALLOCATE_THRESHOLD,
+    MKVQ_ALLOCATE_EXACT,
+    MKVQ_ALLOCATE_BUDGET, /* the best split of each head that fits a number of columns */
+    MKVQ_ALLOCATE_LAYER   /* the same, with the columns of all heads of a row pooled */
+} mkvq_allocate;
 typedef enum { MKVQ_COST_MODEL, MKVQ_COST_MEASURED } mkvq_cost;
 
 typedef struct {
@@ -104,9 +110,11 @@ typedef struct {
     int32_t value_group; /* channels that share a value scale, a multiple of 8, at most head_dim */
     int32_t value_metadata;
     int32_t value_range;
-    int32_t value_rotation;              /* 1: Hadamard */
-    int32_t pattern_cost;                /* mkvq_cost */
-    int32_t n_patterns;                  /* 1 ... 16 when allocate is PATTERNS */
+    int32_t value_rotation; /* 1: Hadamard */
+    int32_t pattern_cost;   /* mkvq_cost; of PATTERNS, BUDGET and LAYER */
+    int32_t budget_columns; /* BUDGET, LAYER: key columns per head, ceil(head_dim / 32) ...
+                               head_dim / 4 */
+    int32_t n_patterns;     /* 1 ... 16 when allocate is PATTERNS */
     float threshold_high, threshold_low; /* when allocate is THRESHOLD: high >= low >= 0 */
     uint16_t patterns[MKVQ_MAX_PATTERNS]
                      [MKVQ_TIERS]; /* channels per tier, each summing to head_dim */
@@ -149,7 +157,8 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error);
 /* For every row b, head h and j < blocks[b]: packs tokens first[b] + j*T ... + T of k and v into
  * out + ((b*H + h) * max_blocks + j) * out_stride and stores the record's length in sizes[b,h,j]
  * (0 for j >= blocks[b]). Blocks of a head are taken in order; the first that becomes a coded
- * record sets mu where has_mu is 0. Cost: one pass for statistics, one for codes. */
+ * record sets mu where has_mu is 0. Slots of out may be scribbled on behind the record. Cost: one
+ * pass for statistics, one for codes. One thread takes a head, or with LAYER a row. */
 typedef struct {
     const mkvq_codec *codec;
     mkvq_view k, v;        /* [B,H,n,D], codec->dtype */

@@ -29,6 +29,7 @@ class Codec:
         value_range: int,
         value_rotation: int,
         pattern_cost: int,
+        budget_columns: int,
         threshold_high: float,
         threshold_low: float,
         patterns: Sequence[Sequence[int]],

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .config import BlockCodec
+from .config import ALLOCATE, BlockCodec
 
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3}
 """The core's codes of element types (``mkvq_dtype``)."""
@@ -34,7 +34,7 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
     Returns
     -------
     fields : list of int
-        The integer fields of ``mkvq_codec`` in order, ``head_dim`` to ``pattern_cost``, then six channel counts per
+        The integer fields of ``mkvq_codec`` in order, ``head_dim`` to ``budget_columns``, then six channel counts per
         pattern.
     thresholds : list of float
         High and low.
@@ -44,7 +44,7 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
         codec.head_dim,
         codec.block_length,
         DTYPES[codec.dtype],
-        ("patterns", "threshold", "exact").index(codec.allocate),
+        ALLOCATE.index(codec.allocate),
         codec.key_group,
         metadata.index(codec.key_metadata),
         ranges.index(codec.key_range),
@@ -55,14 +55,15 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
         ranges.index(codec.value_range),
         int(codec.value_rotation),
         ("model", "measured").index(codec.pattern_cost),
+        codec.budget_columns,
     ]
     return fields + [n for p in codec.patterns for n in p], [codec.threshold_high, codec.threshold_low]
 
 
 def codec_of_numbers(fields: Sequence[int], thresholds: Sequence[float]) -> _core.Codec:
     """The checked codec of the core from what `codec_numbers` returned."""
-    patterns = [fields[i : i + 6] for i in range(14, len(fields), 6)]
-    return cast(_core.Codec, cast(Any, _core.Codec)(*fields[:14], *thresholds, patterns))
+    patterns = [fields[i : i + 6] for i in range(15, len(fields), 6)]
+    return cast(_core.Codec, cast(Any, _core.Codec)(*fields[:15], *thresholds, patterns))
 
 
 @lru_cache(maxsize=256)

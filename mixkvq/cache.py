@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import compat
+from .calibration import Calibration
 from .config import MixKVQConfig
 from .handle import KEYS, VALUES, PackedHandle
 from .hook import TAG, Tag, install
@@ -32,17 +34,20 @@ class MixKVQCache(LinearStates, DynamicCache):
     config : transformers.PreTrainedConfig, optional
         The model's configuration, as in `DynamicCache`: lays sliding-window and other layers out at once. Without it
         the cache learns the layout in the first attention call.
+    calibration : str, Path or Calibration, optional
+        What ``mixkvq calibrate`` found for this model: fields that replace the preset's, for all or for single layers.
     precision : {"default", "exact"}
         Of the attention kernel. Both run the float32 kernel today, within 1e-5 of float64 attention on what is stored.
     **overrides
-        Fields of `MixKVQConfig` that replace the preset's, such as ``sink_length=8``.
+        Fields of `MixKVQConfig` that replace the preset's and the calibration's, such as ``sink_length=8``.
 
     Raises
     ------
     TypeError
         For a wrong type or an unknown field, naming the fix.
     ValueError
-        For an unknown preset or a field outside its allowed set.
+        For an unknown preset, a field outside its allowed set, or a calibration that is none or is for another model
+        (told at once with ``config``, else in the first attention call; the cache is empty then).
 
     Examples
     --------
@@ -56,10 +61,17 @@ class MixKVQCache(LinearStates, DynamicCache):
         preset: str | MixKVQConfig = "default",
         *,
         config: Any = None,
+        calibration: str | Path | Calibration | None = None,
         precision: str = "default",
         **overrides: Any,
     ) -> None:
         self.mixkvq_config = _configuration(preset, overrides)
+        self.calibration = None if calibration is None else Calibration.of(calibration)
+        self._layer_configs: dict[int, MixKVQConfig] = {}
+        if self.calibration is not None:
+            base = self.mixkvq_config
+            self.mixkvq_config = self.calibration.config(base, overrides)
+            self._layer_configs = self.calibration.layer_configs(base, overrides)
         if precision not in ("default", "exact"):
             raise ValueError(f"precision is {precision!r}, must be 'default' or 'exact'")
         self.precision = precision
@@ -71,6 +83,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger)
         Cache.__init__(self, layer_class_to_replicate=factory)  # type: ignore[arg-type]
         if config is not None:
+            self._check_model(config)
             self._lay_out(config)
         install()
 
@@ -127,13 +140,17 @@ class MixKVQCache(LinearStates, DynamicCache):
                 )
             check_states(key, value)
             while len(self.layers) <= index:
-                self.layers.append(self._new_layer())
+                self.layers.append(self._new_layer(len(self.layers)))
         elif type(self.layers[index]) is compat.LinearLayer:
             self._to_hybrid(index, getattr(self.layers[index], "number_of_states", 1))
         return self.layers[index]
 
-    def _new_layer(self) -> MixKVQLayer:
-        layer = MixKVQLayer(self.mixkvq_config, self.ledger)
+    def _config_of(self, index: int) -> MixKVQConfig:
+        """The configuration of one layer."""
+        return self._layer_configs.get(index, self.mixkvq_config)
+
+    def _new_layer(self, index: int) -> MixKVQLayer:
+        layer = MixKVQLayer(self._config_of(index), self.ledger)
         self._recording(layer)
         return layer
 
@@ -157,11 +174,23 @@ class MixKVQCache(LinearStates, DynamicCache):
     def layer_of_call(self, index: int, module: Any) -> Any:
         """The layer that an attention call belongs to; the first call tells the layout (see `hook`)."""
         if not self._learned:
-            self._learned = True
             config = getattr(module, "config", None)
             if config is not None:
+                self._check_model(config)
                 self._lay_out(config)
+            self._learned = True
         return self.layers[index]
+
+    def _check_model(self, config: Any) -> None:
+        """Refuse a model that the calibration is not for, and be empty again."""
+        if self.calibration is None:
+            return
+        try:
+            self.calibration.check_model(config)
+        except ValueError:
+            self._model_config = None
+            self.reset()
+            raise
 
     def _lay_out(self, config: Any) -> None:
         """Let transformers lay the model out and take over the layers that are exactly growing full attention."""
@@ -174,7 +203,7 @@ class MixKVQCache(LinearStates, DynamicCache):
             return  # a configuration that cannot be read: full attention in every layer is right, if not thrifty
         for index, theirs in enumerate(layout):
             have = self.layers[index] if index < len(self.layers) else None
-            layer = self._choose(have, theirs)
+            layer = self._choose(index, have, theirs)
             if have is None:
                 self.layers.append(layer)
             elif layer is not have:
@@ -186,14 +215,14 @@ class MixKVQCache(LinearStates, DynamicCache):
         if given:
             self.layer_class_to_replicate = None
 
-    def _choose(self, have: Any, theirs: Any) -> Any:
+    def _choose(self, index: int, have: Any, theirs: Any) -> Any:
         """The layer to use where transformers would use ``theirs`` and the cache may already have one."""
         if type(theirs) is DynamicLayer:
-            return self._new_layer() if have is None else have
+            return self._new_layer(index) if have is None else have
         if compat.HybridLayer is not None and type(theirs) is compat.HybridLayer:
             if isinstance(have, MixKVQHybridLayer):
                 return have
-            new = MixKVQHybridLayer(self.mixkvq_config, self.ledger, getattr(theirs, "number_of_states", 1))
+            new = MixKVQHybridLayer(self._config_of(index), self.ledger, getattr(theirs, "number_of_states", 1))
             if have is not None:
                 new.__dict__.update(have.__dict__)
             return self._recording(new)
@@ -246,7 +275,8 @@ class MixKVQCache(LinearStates, DynamicCache):
                 layers.append(_foreign_report(index, layer, held))
             tensors += held
         nbytes = held_bytes(tensors)
-        return Report(self.mixkvq_config.name, layers, nbytes, max(nbytes, self.ledger.peak))
+        name = self.mixkvq_config.name if self.calibration is None else f"{self.calibration.preset} (calibrated)"
+        return Report(name, layers, nbytes, max(nbytes, self.ledger.peak))
 
 
 def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerReport:

@@ -1,14 +1,21 @@
-"""`Calibration`: what was found for one model, in a small JSON file."""
+"""`Calibration`: what was found for one model, in a small JSON file that `MixKVQCache(calibration=...)` reads."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config import MixKVQConfig
+from .fingerprint import fingerprint
+
 VERSION = 1
+MAX_BYTES = 1 << 20
+_SCHEDULE = ("sink_length", "residual_length", "block_length")
+_NAMES = frozenset(f.name for f in dataclasses.fields(MixKVQConfig))
 
 
 @dataclass(frozen=True)
@@ -19,21 +26,83 @@ class Calibration:
     ----------
     fingerprint : str
         Of the model's configuration (`mixkvq.fingerprint`).
+    preset : str
+        The preset that it was made for.
     fields : mapping
         Fields that replace the preset's, such as ``{"thresholds": [2.1, 1.15]}``.
     layers : mapping
-        Layer index -> fields that replace those for this layer alone.
+        Layer index -> fields that replace those for this layer alone; not those of the schedule (sink_length,
+        residual_length, block_length), which all layers share.
+    summary : mapping
+        What was measured, for people.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the field, its value and what is allowed.
     """
 
     fingerprint: str
+    preset: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("fingerprint", "preset"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, must be a string")
+        _check_fields("fields", self.fields)
+        base = MixKVQConfig.preset(self.preset).replace(**self.fields)
+        for index, fields in self.layers.items():
+            if type(index) is not int or index < 0:
+                raise ValueError(f"layers has the index {index!r}, must be whole numbers from 0")
+            _check_fields(f"layers[{index}]", fields)
+            for name in _SCHEDULE:
+                if name in fields:
+                    raise ValueError(f"layers[{index}] sets {name}, which all layers share: set it in fields")
+            base.replace(**fields)
+
+    # ---- what it means ---------------------------------------------------------------------------------------------
+    def config(self, preset: MixKVQConfig, overrides: Mapping[str, Any] | None = None) -> MixKVQConfig:
+        """A preset's configuration with the fields of the calibration; ``overrides`` win over both."""
+        return preset.replace(**{**self.fields, **(overrides or {})})
+
+    def layer_configs(
+        self, preset: MixKVQConfig, overrides: Mapping[str, Any] | None = None
+    ) -> dict[int, MixKVQConfig]:
+        """Configurations of the layers that have fields of their own."""
+        given = overrides or {}
+        return {index: self.config(preset, {**fields, **given}) for index, fields in self.layers.items() if fields}
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model that the calibration was not made for.
+
+        Parameters
+        ----------
+        config : transformers.PreTrainedConfig
+
+        Raises
+        ------
+        ValueError
+            Naming both fingerprints.
+        """
+        found = fingerprint(config)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"calibration is for {self.fingerprint}, the model is {found}: run `mixkvq calibrate` with this model"
+            )
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        beyond = [index for index in self.layers if index >= layers]
+        if beyond:
+            raise ValueError(f"calibration has fields for layer {beyond[0]}, the model has {layers} layers")
+
+    # ---- files -----------------------------------------------------------------------------------------------------
     def to_json(self) -> str:
-        """The calibration as JSON; `from_json` reads it back."""
+        """The calibration as JSON; `from_json` reads it back to an equal object."""
         layers = {str(index): dict(fields) for index, fields in sorted(self.layers.items())}
-        data = {"version": VERSION, "fingerprint": self.fingerprint, "fields": dict(self.fields), "layers": layers}
-        return json.dumps(data, indent=1)
+        data = {"version": VERSION, **dataclasses.asdict(self), "layers": layers}
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -41,17 +110,79 @@ class Calibration:
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             For another version, or what is no calibration.
         """
         data = json.loads(text)
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            found = data.get("version") if isinstance(data, dict) else None
-            raise ValueError(f"calibration has version {found!r}, must be {VERSION}")
-        layers = {int(index): dict(fields) for index, fields in data["layers"].items()}
-        return cls(str(data["fingerprint"]), dict(data["fields"]), layers)
+        if not isinstance(data, dict):
+            raise ValueError(f"a calibration in JSON is an object, not {text[:40]!r}")
+        if data.get("version") != VERSION:
+            raise ValueError(f"version is {data.get('version')!r}, must be {VERSION}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown, missing = set(data) - known - {"version"}, known - set(data)
+        if unknown or missing:
+            raise ValueError(
+                f"unknown entries {sorted(unknown)}, missing entries {sorted(missing)}; known: {sorted(known)}"
+            )
+        layers = data["layers"]
+        if not isinstance(layers, dict) or not all(key.isdecimal() for key in layers):
+            raise ValueError("layers must be an object with layer indices as keys")
+        if not isinstance(data["summary"], dict):
+            raise TypeError(f"summary is {data['summary']!r}, must be an object")
+        return cls(
+            data["fingerprint"],
+            data["preset"],
+            _frozen(data["fields"]),
+            {int(index): _frozen(fields) for index, fields in layers.items()},
+            data["summary"],
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a file; raises as `from_json`, or OSError."""
-        return cls.from_json(Path(path).read_text())
+        """Read a file. Only JSON is read, at most 1 MiB of it; nothing in it is executed.
+
+        Raises
+        ------
+        ValueError
+            Naming the file and what is wrong with it.
+        OSError
+            If it cannot be read.
+        """
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"calibration {path} is larger than {MAX_BYTES} bytes: no calibration is")
+        try:
+            return cls.from_json(data.decode())
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"calibration {path}: {error}") from error
+
+    @classmethod
+    def of(cls, source: Any) -> Calibration:
+        """A calibration as it is, or from its file.
+
+        Raises
+        ------
+        TypeError
+            For anything else.
+        """
+        if isinstance(source, Calibration):
+            return source
+        if isinstance(source, (str, Path)):
+            return cls.load(source)
+        raise TypeError(f"calibration is {source!r}, must be the path of a file or a Calibration")
+
+
+def _check_fields(where: str, fields: Any) -> None:
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{where} is {fields!r}, must be an object of fields of MixKVQConfig")
+    for name in fields:
+        if name not in _NAMES:
+            raise ValueError(f"{where} has the unknown field {name!r}; known: {', '.join(sorted(_NAMES))}")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists of JSON as tuples, as the fields of a configuration are."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {name: _frozen(v) for name, v in value.items()} if isinstance(value, dict) else value

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .policy.patterns import TIER_BITS, counts_of, scale_counts
+from .policy.patterns import TIER_BITS, scale_menu
 from .presets import PRESETS
 
 MAX_HEAD_DIM = 256
@@ -17,8 +17,11 @@ MAX_CODED_BLOCK = 1024
 MAX_EXACT_BLOCK = 65535
 MAX_PATTERNS = 16
 
+ALLOCATE = ("patterns", "threshold", "exact", "budget", "layer")
+"""Ways to choose the bits of key channels, in the order of ``mkvq_allocate``."""
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "allocate": ("patterns", "threshold", "exact"),
+    "allocate": ALLOCATE,
     "pattern_cost": ("model", "measured"),
     "key_range": ("minmax", "search"),
     "key_metadata": ("e5m3", "fp16"),
@@ -70,6 +73,8 @@ class BlockCodec:
     patterns: tuple[tuple[int, ...], ...]
     threshold_high: float
     threshold_low: float
+    budget_columns: int = 0
+    """Key columns per head that ``allocate="budget"`` and ``"layer"`` may fill."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,23 @@ class MixKVQConfig:
         ``block_length``.
     block_length : int
         Tokens packed at once. Coded blocks: a multiple of 32 and of ``key_group_size``, at most 1024.
-    allocate : {"patterns", "threshold", "exact"}
+    allocate : {"patterns", "threshold", "exact", "budget", "layer"}
         How key channels get their bits: by the best pattern of a menu, by thresholds on A_d (arXiv 2512.19206,
-        section 4), or all exact, keys and values (``lossless``).
+        section 4), all exact, keys and values (``lossless``), by the best split that fits ``key_budget`` in every
+        head, or in all heads of a layer together (docs/format.md section 4; records of a layer differ in length).
     key_patterns : tuple of tuples of (bits, channels)
         The menu, each entry for 64 channels; bits in {1, 2, 3, 4, 8, 16}, 16 meaning exact. A pattern may be given as a
         mapping ``{bits: channels}``.
     pattern_cost : {"model", "measured"}
-        Expected error of a pattern: from the channel's variance, or by coding it.
+        Expected error of a pattern or split: from the channel's variance, or by coding it.
+    key_budget : float
+        Of "budget" and "layer": key code bits per channel that a record may store (a mean over the heads of a layer for
+        "layer"), 1 to 8, rounded down to whole u32 columns per token: ``floor(key_budget * head_dim / 32)``.
     thresholds : (float, float)
         (high, low): A_d above high stays exact, above low gets 4 bits, the others 2.
     key_range, value_range : {"minmax", "search"}
-        Range of a group: its minimum and maximum, or the clip with the least squared error.
+        Range of a group: its minimum and maximum, or the clip with the least error, in which
+        the part along the group counts more (docs/format.md section 4, step 4).
     key_group_size : int
         Tokens that share a key channel's scale and offset; a multiple of 32 that divides ``block_length``.
     key_metadata, value_metadata : {"e5m3", "fp16"}
@@ -126,6 +136,7 @@ class MixKVQConfig:
         default_factory=lambda: PRESETS["default"]["key_patterns"]
     )
     pattern_cost: str = "model"
+    key_budget: float = 3.0
     thresholds: tuple[float, float] = (1.44, 0.79)
     key_range: str = "search"
     key_group_size: int = 64
@@ -156,6 +167,7 @@ class MixKVQConfig:
                 )
         self._integer("value_group_size", 0, MAX_HEAD_DIM, 8)
         object.__setattr__(self, "key_patterns", self._patterns(self.key_patterns))
+        object.__setattr__(self, "key_budget", self._budget(self.key_budget))
         object.__setattr__(self, "thresholds", self._thresholds(self.thresholds))
 
     def _integer(self, name: str, low: int, high: int | None, step: int, rule: str = "") -> None:
@@ -189,6 +201,14 @@ class MixKVQConfig:
             if sum(pattern.values()) != 64 or min(pattern.values()) < 0:
                 raise ValueError(f"key_patterns: {pattern} must split 64 channels, it splits {sum(pattern.values())}")
         return tuple(tuple(sorted(pattern.items(), reverse=True)) for pattern in menu)
+
+    @staticmethod
+    def _budget(bits: Any) -> float:
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)):
+            raise TypeError(f"key_budget is {bits!r}, must be a number")
+        if not 1 <= bits <= 8:
+            raise ValueError(f"key_budget is {bits}, must be from 1 to 8 bits per channel")
+        return float(bits)
 
     @staticmethod
     def _thresholds(pair: Any) -> tuple[float, float]:
@@ -257,12 +277,21 @@ class MixKVQConfig:
         Raises
         ------
         ValueError
-            If packed kernels do not support this head_dim or dtype.
+            If packed kernels do not support this head_dim or dtype, or ``key_budget`` holds fewer columns than one bit
+            per channel needs.
         """
         if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 from 8 to {MAX_HEAD_DIM}")
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype is {dtype!r}, must be float32, float16 or bfloat16")
+        columns = 0
+        if self.allocate in ("budget", "layer"):
+            columns, least = int(self.key_budget * head_dim / 32 + 1e-6), -(-head_dim // 32)
+            if columns < least:
+                raise ValueError(
+                    f"key_budget is {self.key_budget}, must be at least {32 * least / head_dim:g} at head_dim "
+                    f"{head_dim} (one bit per channel in whole columns)"
+                )
         return BlockCodec(
             head_dim=head_dim,
             block_length=self.block_length,
@@ -278,7 +307,8 @@ class MixKVQConfig:
             value_range=self.value_range,
             value_rotation=self.value_basis == "hadamard" and self.value_bits != 16,
             pattern_cost=self.pattern_cost,
-            patterns=tuple(scale_counts(counts_of(dict(p)), head_dim) for p in self.key_patterns),
+            patterns=scale_menu([dict(pattern) for pattern in self.key_patterns], head_dim),
             threshold_high=self.thresholds[0],
             threshold_low=self.thresholds[1],
+            budget_columns=columns,
         )

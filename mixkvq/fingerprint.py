@@ -41,3 +41,12 @@ def fingerprint(config: Any) -> str:
     known = {name: getattr(text, name, None) for name in _FIELDS}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return f"{known['model_type']}-{digest[:12]}"
+
+
+def identity(model: Any) -> dict[str, str]:
+    """What a measurement of a model is found by: architecture, name without folder, dtype."""
+    return {
+        "model": fingerprint(model.config),
+        "name": str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -56,7 +56,7 @@ if compat.HybridLayer is not None:
 class LinearStates(Cache):
     """The part of a cache that serves linear layers; `MixKVQCache` has the rest."""
 
-    def _new_layer(self) -> MixKVQLayer:
+    def _new_layer(self, index: int) -> MixKVQLayer:
         raise NotImplementedError
 
     def _is_linear(self, layer_idx: int) -> bool:
@@ -69,7 +69,7 @@ class LinearStates(Cache):
     def _to_hybrid(self, layer_idx: int, number_of_states: int) -> None:
         """Give the layer both kinds of state and keep what it has."""
         old = self.layers[layer_idx]
-        fresh = self._new_layer()
+        fresh = self._new_layer(layer_idx)
         new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, number_of_states)
         keep = dict(vars(old))
         if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
@@ -80,7 +80,7 @@ class LinearStates(Cache):
     def _linear_layer(self, layer_idx: int, state_idx: int) -> None:
         """Make sure that this layer can hold a linear state."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(self._new_layer())
+            self.layers.append(self._new_layer(len(self.layers)))
         have: Any = self.layers[layer_idx]
         if not isinstance(have, compat.LinearMixin):
             if have.get_seq_length():

@@ -47,7 +47,8 @@ def codecs(
     config = MixKVQConfig(
         block_length=length,
         residual_length=length,
-        allocate=pick("patterns", "patterns", "threshold"),
+        key_budget=4.0,
+        allocate=pick("patterns", "patterns", "threshold", "budget", "layer"),
         pattern_cost=pick("model", "measured"),
         thresholds=(low * pick(1.0, 1.82, 4.0), low),
         key_range=pick("minmax", "search"),
@@ -61,8 +62,10 @@ def codecs(
         value_basis=pick("hadamard", "identity"),
     )
     groups = [g for g in range(8, length + 1, 8) if length % g == 0]
-    codec = config.codec(head_dim, pick(*DTYPES))
-    return dataclasses.replace(codec, key_group=pick(*groups), patterns=draw(menus(head_dim)))
+    codec = dataclasses.replace(config.codec(head_dim, pick(*DTYPES)), key_group=pick(*groups))
+    if codec.allocate in ("budget", "layer"):
+        return dataclasses.replace(codec, budget_columns=draw(st.integers(-(-head_dim // 32), head_dim // 4)))
+    return dataclasses.replace(codec, patterns=draw(menus(head_dim)))
 
 
 def _trouble(rng: np.random.Generator, x: np.ndarray, name: str) -> np.ndarray:

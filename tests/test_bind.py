@@ -31,6 +31,7 @@ FIELDS = {
     "value_range": 0,
     "value_rotation": 1,
     "pattern_cost": 0,
+    "budget_columns": 0,
     "threshold_high": 1.0,
     "threshold_low": 0.5,
     "patterns": [[0, 16, 0, 0, 0, 0]],

@@ -15,14 +15,16 @@ from transformers import DynamicCache, EncoderDecoderCache
 from mixkvq import MixKVQCache, compat
 
 FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4}
-PRESETS = ["default", "kivi-2"]
+PRESETS = ["default", "kivi-2", "paper", "layer"]
+MODES = {"layer": ("default", {"allocate": "layer", "key_budget": 4})}
 LENGTHS = [150, 110, 77]
 
 
 def filled(preset: str = "default", lengths=LENGTHS, extra: int = 5):
     """A packed cache after a padded prompt and some steps, and the mask so far."""
     model, inputs = tiny("llama"), prompts(lengths)
-    cache, mask = MixKVQCache(preset, **FIELDS), inputs["attention_mask"]
+    name, fields = MODES.get(preset, (preset, {}))
+    cache, mask = MixKVQCache(name, **FIELDS, **fields), inputs["attention_mask"]
     forward(model, cache, inputs["input_ids"], mask)
     for step in range(extra):
         mask = torch.cat([mask, torch.ones(len(lengths), 1, dtype=torch.long)], 1)

@@ -62,9 +62,14 @@ def formula_bytes(info: dict, dtype_bytes: int) -> int:
 SYSTEMS = [
     ("default", {}),
     ("compact", {}),
+    ("near-lossless", {}),
+    ("paper", {}),
     ("kivi-2", {}),
+    ("kivi-4", {}),
     ("lossless", {}),
     ("default", {"allocate": "threshold", "thresholds": (1.0, 0.3)}),
+    ("default", {"allocate": "budget", "key_budget": 4}),
+    ("compact", {"allocate": "layer", "key_budget": 4, "pattern_cost": "measured"}),
     ("default", {"key_patterns": ({16: 8, 4: 56},), "value_bits": 16, "key_metadata": "fp16"}),
     ("default", {"key_patterns": ({8: 1, 1: 63},), "value_bits": 1, "value_metadata": "fp16", "value_group_size": 8}),
 ]
@@ -105,7 +110,8 @@ def test_bits_and_bytes(preset, fields, dtype):
 
 def test_presets_have_the_documented_true_bits():
     """docs/format.md section 6 and codec.md: at head_dim 64."""
-    for preset, bits in (("compact", 8 * 5056 / 16384), ("default", 8 * 6720 / 16384), ("kivi-2", 8 * 6208 / 16384)):
+    nbytes = {"compact": 5056, "default": 6720, "near-lossless": 8768, "kivi-2": 6208, "kivi-4": 10304}
+    for preset, bits in ((preset, 8 * n / 16384) for preset, n in nbytes.items()):
         cache = MixKVQCache(preset)
         generate(tiny("llama", head_dim=64), prompts([300]), cache, 2)
         assert cache.report().true_bits == bits

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from mixkvq import MixKVQConfig, list_presets
-from mixkvq.policy.patterns import column_count, counts_of, scale_counts
+from mixkvq import MixKVQConfig, list_presets, reference
+from mixkvq.policy.patterns import TIER_BITS, column_count, counts_of, scale_counts, scale_menu
 from mixkvq.presets import PRESETS
 
 
@@ -43,6 +43,11 @@ def test_a_configuration_cannot_be_changed():
         ({"key_patterns": ()}, ValueError, "has 0 entries"),
         ({"thresholds": (1, 2, 3)}, TypeError, "thresholds is"),
         ({"thresholds": (0.5, 1.0)}, ValueError, "high >= low"),
+        ({"key_budget": 0.5}, ValueError, "key_budget is 0.5, must be from 1 to 8"),
+        ({"key_budget": float("nan")}, ValueError, "key_budget is nan"),
+        ({"key_budget": "3"}, TypeError, "key_budget is '3', must be a number"),
+        ({"key_budget": True}, TypeError, "key_budget is True"),
+        ({"allocate": "budgets"}, ValueError, "allocate is 'budgets', must be one of 'patterns'"),
         ({"valu_bits": 3}, TypeError, "did you mean 'value_bits'"),
     ],
 )
@@ -52,19 +57,85 @@ def test_bad_fields_are_named(fields, error, says):
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("allocate", ["budget", "layer"])
+def test_a_key_budget_is_whole_columns(allocate):
+    config = MixKVQConfig(allocate=allocate, key_budget=2.3)
+    assert MixKVQConfig.from_json(config.to_json()) == config
+    assert [config.codec(d, "float32").budget_columns for d in (64, 80, 128)] == [4, 5, 9]
+    assert config.replace(key_budget=8).codec(80, "float32").budget_columns == 20
+    assert config.replace(allocate="patterns").codec(8, "float32").budget_columns == 0
+    with pytest.raises(ValueError, match=r"key_budget is 2\.3, must be at least 4 at head_dim 8 "):
+        config.codec(8, "float32")
+    with pytest.raises(ValueError, match=r"key_budget is 1\.0, must be at least 1\.6 at head_dim 40 "):
+        config.replace(key_budget=1.0).codec(40, "float32")
+
+
 def test_unknown_preset_names_the_close_ones():
     with pytest.raises(ValueError, match=r"unknown preset 'defualt'.*did you mean 'default'"):
         MixKVQConfig.preset("defualt")
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 40, 64, 80, 96, 112, 128, 192, 256])
-@pytest.mark.parametrize("name", ["default", "compact"])
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("name", ["default", "compact", "near-lossless", "kivi-2", "kivi-4"])
 def test_menus_split_every_head_dim(name, head_dim):
-    for pattern in PRESETS[name]["key_patterns"]:
-        counts = counts_of(pattern)
-        scaled = scale_counts(counts, head_dim)
-        assert sum(scaled) == head_dim and min(scaled) >= 0
-        if head_dim % 64 == 0:
-            assert scaled == tuple(n * head_dim // 64 for n in counts)
-        elif head_dim > 8 and len(pattern) > 1:  # one tier takes all channels, whatever columns that needs
-            assert column_count(scaled) == -(-column_count(counts) * head_dim // 64)
+    """One column count, hence one record size, for all patterns of a menu; the mean width stays near that for 64."""
+    menu = [dict(pattern) for pattern in PRESETS[name]["key_patterns"]]
+    scaled = scale_menu(menu, head_dim)
+    columns = column_count(counts_of(menu[0]))
+    assert {column_count(counts) for counts in scaled} == {-(-columns * head_dim // 64)}
+    for pattern, counts in zip(menu, scaled, strict=True):
+        assert sum(counts) == head_dim and min(counts) >= 0
+        if head_dim in (64, 128):
+            assert counts == tuple(n * head_dim // 64 for n in counts_of(pattern))
+        if head_dim >= 80:  # narrower heads have few whole columns to choose from
+            mean = sum(n * bits for n, bits in zip(counts, TIER_BITS, strict=True)) / head_dim
+            assert abs(mean - sum(n * bits for bits, n in pattern.items()) / 64) < 0.19
+
+
+def test_a_menu_of_one_tier_gives_it_to_all_channels():
+    assert scale_menu([{3: 64}], 40) == ((0, 0, 40, 0, 0, 0),)
+    assert scale_menu([{3: 64}, {4: 32, 2: 32}], 40) == ((0, 8, 32, 0, 0, 0), (0, 16, 0, 24, 0, 0))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128, 200])
+def test_odd_patterns_keep_their_tiers(head_dim):
+    """Channel counts that are no whole columns, and exact channels."""
+    for pattern in ({16: 8, 4: 56}, {8: 1, 1: 63}, {16: 3, 8: 5, 4: 7, 3: 20, 2: 20, 1: 9}, {16: 64}):
+        counts = scale_counts(counts_of(pattern), head_dim)
+        assert sum(counts) == head_dim and min(counts) >= 0
+        assert counts[5] == round(pattern.get(16, 0) * head_dim / 64)
+        assert {tier for tier, n in enumerate(counts) if n} <= {tier for tier, n in enumerate(counts_of(pattern)) if n}
+        if head_dim == 64:
+            assert counts == counts_of(pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_64", "at_128"),
+    [
+        ("default", 3.29, 3.22),
+        ("compact", 2.48, 2.41),
+        ("near-lossless", 4.29, 4.22),
+        ("kivi-2", 3.04, 3.04),
+        ("kivi-4", 5.04, 5.04),
+    ],
+)
+def test_true_bits_of_presets(name, at_64, at_128):
+    """docs/format.md section 6: at most these; everything beside codes and metadata takes 64 (128) bytes."""
+    for head_dim, most, overhead in ((64, at_64, 64), (128, at_128, 128)):
+        codec = MixKVQConfig.preset(name).codec(head_dim, "bfloat16")
+        (nbytes,) = {reference.record_nbytes(codec, counts) for counts in codec.patterns}
+        assert 8 * nbytes / (2 * 128 * head_dim) <= most
+        metadata = {"e5m3": 2, "fp16": 4}
+        groups = head_dim * 128 // codec.key_group, 128 * -(-head_dim // codec.value_group)
+        codes = 4 * 128 * column_count(codec.patterns[0]) + 128 * head_dim * codec.value_bits // 8
+        known = metadata[codec.key_metadata] * groups[0] + metadata[codec.value_metadata] * groups[1] + codes
+        assert nbytes - known <= overhead
+
+
+def test_true_bits_of_paper_depend_on_its_thresholds():
+    """From 2 bits everywhere to all keys exact; one exact channel of 64 costs 0.12 bits in a 16-bit model."""
+    config = MixKVQConfig.preset("paper")
+    assert (config.allocate, config.thresholds, config.salience) == ("threshold", (1.44, 0.79), "mean_abs")
+    codec = config.codec(64, "bfloat16")
+    bits = [8 * reference.record_nbytes(codec, (0, 64 - n, 0, 0, 0, n)) / 16384 for n in (0, 1, 16)]
+    assert bits[0] == 3.03125 and bits[1] - bits[0] == pytest.approx(0.117, abs=0.02) and 4.5 < bits[2] < 5

@@ -24,14 +24,15 @@ NAMES = sorted(make.CASES)
 
 
 def stored(name):
-    """The records of a golden file, and the reference."""
-    data, records = (HERE / f"{name}.bin").read_bytes(), []
+    """The records of every head of a golden file, and their references."""
+    data, records, heads = (HERE / f"{name}.bin").read_bytes(), [], make.HEADS.get(name, 1)
     while data:
         nbytes = int.from_bytes(data[20:24], "little")
         records.append(data[:nbytes])
         data = data[nbytes:]
-    bits = FACTS[name]["mu"]
-    return records, None if bits is None else np.array(bits, np.uint16).view(np.float16)
+    blocks, bits = len(records) // heads, FACTS[name]["mu"]
+    mu = [None] * heads if bits is None else list(np.array(bits, np.uint16).view(np.float16).reshape(heads, -1))
+    return [records[h * blocks : (h + 1) * blocks] for h in range(heads)], mu
 
 
 def test_the_files_are_the_cases():
@@ -40,7 +41,7 @@ def test_the_files_are_the_cases():
 
 
 def test_the_cases_cover_the_format():
-    headers = [reference.parse(record) for name in NAMES for record in stored(name)[0]]
+    headers = [reference.parse(record) for name in NAMES for head in stored(name)[0] for record in head]
     coded = [h for h in headers if not h.exact]
     assert {tier for h in coded for tier in h.tiers} == {0, 1, 2, 3, 4, 5}
     assert {h.value_bits for h in coded} == {0, 1, 2, 3, 4, 8}
@@ -53,13 +54,14 @@ def test_the_cases_cover_the_format():
 @pytest.mark.parametrize("name", NAMES)
 def test_oracle_packs_the_golden_bytes(name):
     codec, k, v, weight = make.case(name)
-    records, mu, raised = reference.pack_head(codec, k, v, weight)
+    records, mu, raised = reference.pack_heads(codec, k, v, weight)
     expected, expected_mu = stored(name)
     assert records == expected
-    assert raised == FACTS[name]["raised"]
-    assert [reference.parse(record).exact for record in records] == FACTS[name]["exact"]
-    assert (mu is None) == (expected_mu is None)
-    assert mu is None or (mu == expected_mu).all()
+    assert [n for head in raised for n in head] == FACTS[name]["raised"]
+    assert [reference.parse(record).exact for head in records for record in head] == FACTS[name]["exact"]
+    for got, want in zip(mu, expected_mu, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or (got == want).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,19 +74,20 @@ def test_core_packs_the_golden_bytes(name, isa):
     from mixkvq import arrays
 
     codec, k, v, weight = make.case(name)
-    packed = arrays.pack(codec, k[None, None], v[None, None], importance=weight[None, None])
+    packed = arrays.pack(codec, k[None], v[None], importance=weight[None])
     expected, expected_mu = stored(name)
-    assert packed.records[0][0] == expected
-    assert packed.raised[0, 0].tolist() == FACTS[name]["raised"]
-    if expected_mu is not None:
-        assert packed.has_mu[0, 0] == 1
-        assert (packed.mu[0, 0].view(np.uint16) == expected_mu.view(np.uint16)).all()
+    assert packed.records[0] == expected
+    assert packed.raised[0].reshape(-1).tolist() == FACTS[name]["raised"]
+    for head, want in enumerate(expected_mu):
+        if want is not None:
+            assert packed.has_mu[0, head] == 1
+            assert (packed.mu[0, head].view(np.uint16) == want.view(np.uint16)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_core_unpacks_the_golden_values(name, isa):
     from mixkvq import arrays
 
-    records, mu = stored(name)
-    parts = [x.tobytes() for record in records for x in arrays.unpack(record, mu=mu)]
+    pairs = [(record, mu) for head, mu in zip(*stored(name), strict=True) for record in head]
+    parts = [x.tobytes() for record, mu in pairs for x in arrays.unpack(record, mu=mu)]
     assert hashlib.sha256(b"".join(parts)).hexdigest() == FACTS[name]["unpacked"]

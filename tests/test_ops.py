@@ -192,6 +192,11 @@ def test_opcheck_pack(dtype):
     plain = dataclasses.replace(c.codec, key_reference=False)
     arguments = (c.k, c.v, *arrays.codec_numbers(plain), c.first, c.blocks, 2)
     torch.library.opcheck(torch.ops.mixkvq.pack.default, (*arguments, None, None, None))
+    pooled = dataclasses.replace(c.codec, allocate="layer", budget_columns=3)
+    arguments = (c.k, c.v, *arrays.codec_numbers(pooled), c.first, c.blocks, 2)
+    torch.library.opcheck(torch.ops.mixkvq.pack.default, (*arguments, c.importance, c.mu, c.has_mu))
+    by_op = torch.ops.mixkvq.pack(*arguments, c.importance, c.mu, c.has_mu)[1]
+    assert torch.equal(by_op, ops.pack(pooled, c.k, c.v, c.first, c.blocks, 2, c.importance, c.mu, c.has_mu)[1])
 
 
 @needs_torch_module
@@ -328,5 +333,5 @@ def test_operators_check_what_the_core_will_touch():
         arguments[at] = bad
         with pytest.raises(RuntimeError, match=message):
             torch.ops.mixkvq.attend(q, *arguments)
-    with pytest.raises(RuntimeError, match="codec must be 14 fields"):
+    with pytest.raises(RuntimeError, match="codec must be 15 fields"):
         torch.ops.mixkvq.pack(c.k, c.v, [1, 2], [0.0, 0.0], c.first, c.blocks, 2, None, None, None)

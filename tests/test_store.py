@@ -8,26 +8,31 @@ import pickle
 import pytest
 import torch
 
-from mixkvq import _core
+from mixkvq import _core, reference
 from mixkvq.config import MixKVQConfig
 from mixkvq.queries import QueryStatistics
 from mixkvq.store import PackedStore
 
 torch.set_num_threads(1)
 HEADS, DIM = 2, 32
-PRESETS = ["default", "compact", "kivi-2", "lossless"]
+PRESETS = ["default", "compact", "kivi-2", "lossless", "layer"]
+POOLED = MixKVQConfig.preset("default", allocate="layer")  # the second head gets more columns
+
+
+def config_of(preset: str, **fields) -> MixKVQConfig:
+    return POOLED.replace(**fields) if preset == "layer" else MixKVQConfig.preset(preset, **fields)
 
 
 def states(
     batch: int, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    k, v = torch.randn(2, batch, HEADS, tokens, DIM, generator=generator).to(dtype)
-    return k, v
+    k, v = torch.randn(2, batch, HEADS, tokens, DIM, generator=generator)
+    return (k * torch.tensor([1, 4]).view(-1, 1, 1)).to(dtype), v.to(dtype)
 
 
 def begin(preset: str, k: torch.Tensor, v: torch.Tensor, start=None, queries=None, **fields) -> PackedStore:
-    config = MixKVQConfig.preset(preset, **fields)
+    config = config_of(preset, **fields)
     start = torch.zeros(k.shape[0], dtype=torch.int64) if start is None else torch.tensor(start)
     return PackedStore.begin(config, config.codec(DIM, str(k.dtype).removeprefix("torch.")), k, v, start, queries)
 
@@ -73,7 +78,7 @@ def test_a_padded_row_equals_the_same_row_alone(preset):
     k, v = states(3, 600)
     q = torch.randn(3, 4, 600, DIM, generator=torch.Generator().manual_seed(5)) * torch.logspace(-1, 1, DIM)
     start = [0, 37, 421]
-    salience = MixKVQConfig.preset(preset).salience
+    salience = config_of(preset).salience
     together = QueryStatistics(salience)
     together.add(q, HEADS, torch.tensor(start))
     batch = begin(preset, k, v, start, together)
@@ -227,6 +232,17 @@ def test_records_of_different_sizes():
     assert sum(s.numel() for s in store.records.slabs) == store.totals().record_bytes, "slabs have no unused bytes"
     alone = begin("default", k[2:, :, 333:], v[2:, :, 333:], allocate="threshold", key_reference="none")
     assert records(store, 2) == records(alone, 0)
+
+
+def test_a_pooled_budget_makes_records_of_different_length():
+    k, v = states(1, 700)
+    store = begin("layer", k, v)
+    low, high = ([_core.inspect(record) for record in head] for head in records(store, 0))
+    assert len(low) == 5 and all(a["nbytes"] < b["nbytes"] for a, b in zip(low, high, strict=True))
+    even = reference.record_nbytes(store.codec, (0, 16, 0, 16, 0, 0))  # 3 columns: 3 bits for 32 channels
+    assert all(a["nbytes"] + b["nbytes"] <= 2 * even for a, b in zip(low, high, strict=True))
+    totals = store.totals()
+    assert totals.record_bytes == sum(info["nbytes"] for info in low + high)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -63,20 +63,33 @@ static int read_patterns(PyObject *patterns, mkvq_codec *codec)
 
 static PyObject *codec_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"head_dim",       "block_length",   "dtype",
-                            "allocate",       "key_group",      "key_metadata",
-                            "key_range",      "key_reference",  "value_bits",
-                            "value_group",    "value_metadata", "value_range",
-                            "value_rotation", "pattern_cost",   "threshold_high",
-                            "threshold_low",  "patterns",       NULL};
+    static char *names[] = {"head_dim",
+                            "block_length",
+                            "dtype",
+                            "allocate",
+                            "key_group",
+                            "key_metadata",
+                            "key_range",
+                            "key_reference",
+                            "value_bits",
+                            "value_group",
+                            "value_metadata",
+                            "value_range",
+                            "value_rotation",
+                            "pattern_cost",
+                            "budget_columns",
+                            "threshold_high",
+                            "threshold_low",
+                            "patterns",
+                            NULL};
     mkvq_codec c = {0};
     mkvq_error error = {0};
     PyObject *patterns;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "iiiiiiiiiiiiiiffO:Codec", names, &c.head_dim, &c.block_length, &c.dtype,
+            args, kwargs, "iiiiiiiiiiiiiiiffO:Codec", names, &c.head_dim, &c.block_length, &c.dtype,
             &c.allocate, &c.key_group, &c.key_metadata, &c.key_range, &c.key_reference,
             &c.value_bits, &c.value_group, &c.value_metadata, &c.value_range, &c.value_rotation,
-            &c.pattern_cost, &c.threshold_high, &c.threshold_low, &patterns))
+            &c.pattern_cost, &c.budget_columns, &c.threshold_high, &c.threshold_low, &patterns))
         return NULL;
     if (read_patterns(patterns, &c) < 0)
         return NULL;

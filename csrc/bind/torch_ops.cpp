@@ -135,20 +135,20 @@ struct History {
     }
 };
 
-// `fields`: the integers of mkvq_codec in order, head_dim to pattern_cost, then MKVQ_TIERS counts
+// `fields`: the integers of mkvq_codec in order, head_dim to budget_columns, then MKVQ_TIERS counts
 // per pattern.
 mkvq_codec codec_of(const std::vector<int64_t> &fields, const std::vector<double> &thresholds)
 {
     mkvq_codec c{};
     int32_t *const scalars[] = {
-        &c.head_dim,       &c.block_length, &c.dtype,          &c.allocate,    &c.key_group,
-        &c.key_metadata,   &c.key_range,    &c.key_reference,  &c.value_bits,  &c.value_group,
-        &c.value_metadata, &c.value_range,  &c.value_rotation, &c.pattern_cost};
+        &c.head_dim,       &c.block_length, &c.dtype,          &c.allocate,     &c.key_group,
+        &c.key_metadata,   &c.key_range,    &c.key_reference,  &c.value_bits,   &c.value_group,
+        &c.value_metadata, &c.value_range,  &c.value_rotation, &c.pattern_cost, &c.budget_columns};
     const size_t n = std::size(scalars), counts = fields.size() - n;
     STD_TORCH_CHECK(
         fields.size() >= n && counts % MKVQ_TIERS == 0 &&
             counts <= MKVQ_MAX_PATTERNS * MKVQ_TIERS && thresholds.size() == 2,
-        "codec must be 14 fields and 6 channel counts per pattern, thresholds 2 numbers");
+        "codec must be 15 fields and 6 channel counts per pattern, thresholds 2 numbers");
     for (int64_t field : fields)
         STD_TORCH_CHECK(field >= 0 && field <= UINT16_MAX, "codec has a field ", field,
                         ", must be 0 to 65535");

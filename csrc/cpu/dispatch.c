@@ -103,13 +103,23 @@ static void pack_body(int64_t begin, int64_t end, void *ctx)
         j->kernels->pack(j->args, u / j->heads, u % j->heads);
 }
 
+static void pack_layer_body(int64_t begin, int64_t end, void *ctx)
+{
+    const job *j = ctx;
+    for (int64_t u = begin; u < end; u++)
+        j->kernels->pack_layer(j->args, u);
+}
+
 mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
 {
     const mkvq_status status = mkvq_check_pack(args, error);
     if (status != MKVQ_OK)
         return status;
     job j = {NULL, args, args->k.shape[1], 1};
-    run(args->executor, args->k.shape[0] * j.heads, pack_body, &j);
+    if (args->codec->allocate == MKVQ_ALLOCATE_LAYER && j.heads > 0)
+        run(args->executor, args->k.shape[0], pack_layer_body, &j);
+    else
+        run(args->executor, args->k.shape[0] * j.heads, pack_body, &j);
     return MKVQ_OK;
 }
 

@@ -10,7 +10,11 @@
 
 #include "tiers.inl.h"
 
+#include "budget.inl.h"
+
 #include "pack.inl.h"
+
+#include "pack_unit.inl.h"
 
 #include "unpack.inl.h"
 
@@ -22,5 +26,5 @@
 
 #include "attend.inl.h"
 
-const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_unit, unpack_unit,
-                                     attend_unit};
+const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME,   salience_unit, pack_unit,
+                                     pack_layer_unit, unpack_unit,   attend_unit};

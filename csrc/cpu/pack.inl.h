@@ -1,4 +1,4 @@
-/* pack.inl.h - one block of one head: statistics, tiers, codes, record.
+/* pack.inl.h - one block of one head: statistics, codes, record.
  *
  * Keys are read eight channels at a time and transposed, so that a channel's tokens are
  * contiguous: lanes are tokens, as in the key columns. Values are read a token at a time: lanes
@@ -9,7 +9,17 @@ typedef struct {
     int64_t row, head, token; /* first token of the block */
     const float *mu;          /* [D] or NULL */
     int64_t raised;
+    int kept; /* the panels of all channels, loaded for the choice, are still there */
 } block_source;
+
+/* Room for eight channels of the longest block, or for all channels of a usual one: then keys are
+ * loaded and transposed once. */
+#define PANEL_FLOATS 16384
+
+static inline int keeps_panels(const mkvq_codec *codec)
+{
+    return codec->head_dim * codec->block_length <= PANEL_FLOATS;
+}
 
 /* Eight channels from `channel` on, minus mu, to panel[8][T]; 0 if a value is not finite. */
 static int load_panel(const block_source *s, int channel, const float *mu, float *panel)
@@ -60,24 +70,23 @@ static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uin
         plane[index] = (uint8_t)bits;
 }
 
-/* Ors (code >> drop) & mask of n elements, shifted, into n words. */
-static inline void put_bits(uint32_t *words, const float *x, int n, const group_code *g, int drop,
-                            uint32_t mask, int shift)
+static inline void put_bits(uint32_t *words, vi bits, int shift)
 {
-    for (int i = 0; i < n; i += 8) {
-        const vi code = vi_and1(vi_shr(vi_from_vf(codes_of(vf_load(x + i), g)), drop), mask);
-        vi_store(words + i, vi_or(vi_load(words + i), vi_shl(code, shift)));
-    }
+    vi_store(words, vi_or(vi_load(words), vi_shl(bits, shift)));
 }
 
-/* The codes of n elements; `words` begins the columns (rows), which are `length` words long;
- * `at` is the first element's index in its column. */
+/* Ors the codes of n elements into their words; `words` begins the columns (rows), which are
+ * `length` words long; `at` is the first element's index in its column. */
 static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place,
                              const float *x, int n, const group_code *g)
 {
-    put_bits(words + place.words * length + at, x, n, g, 0, place.mask, place.shift);
-    if (place.third >= 0)
-        put_bits(words + place.third * length + at, x, n, g, 2, 1, place.third_shift);
+    uint32_t *low = words + place.words * length + at, *third = words + place.third * length + at;
+    for (int i = 0; i < n; i += 8) {
+        const vi code = vi_from_vf(codes_of(vf_load(x + i), g));
+        put_bits(low + i, vi_and1(code, place.mask), place.shift);
+        if (place.third >= 0)
+            put_bits(third + i, vi_shr(code, 2), place.third_shift);
+    }
 }
 
 /* Codes one channel; 0 if a group does not fit. `stored` is its index in stored order. */
@@ -105,28 +114,45 @@ static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int sto
     return 1;
 }
 
+/* The block's keys of one channel, bit for bit; x[T] holds them as floats, minus mu. */
+static void copy_channel(const block_source *s, int channel, const float *x, uint8_t *out)
+{
+    const mkvq_view *k = &s->args->k;
+    const int size = mkvq_dtype_bytes(k->dtype);
+    const int64_t step = k->stride[2] * size;
+    const uint8_t *p = mkvq_at(k, s->row, s->head, s->token) + channel * k->stride[3] * size;
+    const int tokens = s->args->codec->block_length;
+    if (k->dtype == MKVQ_F32 && !s->mu) {
+        memcpy(out, x, (size_t)tokens * 4);
+        return;
+    }
+    for (int t = 0; t < tokens; t++, p += step, out += size)
+        if (size == 4)
+            memcpy(out, p, 4);
+        else
+            memcpy(out, p, 2);
+}
+
 static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_t *record,
                      float *largest)
 {
-    const mkvq_view *k = &s->args->k;
-    const int tokens = l->head.tokens, size = mkvq_dtype_bytes(k->dtype);
+    const int tokens = l->head.tokens, size = mkvq_dtype_bytes(l->head.dtype);
     int stored_of[MKVQ_MAX_HEAD_DIM];
     for (int i = 0; i < l->head.head_dim; i++)
         stored_of[l->order[i]] = i;
     for (int c = 0; c < l->head.head_dim; c += 8) {
-        load_panel(s, c, s->mu, panel);
+        const float *x = s->kept ? panel + c * tokens : panel;
+        if (!s->kept && !load_panel(s, c, s->mu, panel))
+            return 0;
         for (int i = 0; i < 8; i++) {
             const int tier = l->tier[c + i], stored = stored_of[c + i];
             if (tier != MKVQ_TIER_EXACT) {
-                if (!pack_channel(s, l, tier, stored, panel + i * tokens, record, largest))
+                if (!pack_channel(s, l, tier, stored, x + i * tokens, record, largest))
                     return 0;
                 continue;
             }
-            uint8_t *out = record + l->exact_keys + (int64_t)(stored - l->coded) * tokens * size;
-            for (int t = 0; t < tokens; t++)
-                memcpy(out + t * size,
-                       mkvq_at(k, s->row, s->head, s->token + t) + (c + i) * k->stride[3] * size,
-                       (size_t)size);
+            copy_channel(s, c + i, x + i * tokens,
+                         record + l->exact_keys + (int64_t)(stored - l->coded) * tokens * size);
         }
     }
     return 1;
@@ -182,22 +208,29 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
     return 1;
 }
 
-/* The coded record of a block; 0 if the block must become an exact one. */
-static int64_t pack_coded(block_source *s, const float *importance, float *panel, uint8_t *record)
+/* Statistics of all channels; 0 if a key is not finite. */
+static int measure_block(block_source *s, float *panel, channel_stats *stats)
 {
     const mkvq_codec *codec = s->args->codec;
-    channel_stats stats;
-    mkvq_layout l;
-    float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
     for (int c = 0; c < codec->head_dim; c += 8) {
-        if (!load_panel(s, c, s->mu, panel))
+        float *x = keeps_panels(codec) ? panel + c * codec->block_length : panel;
+        if (!load_panel(s, c, s->mu, x))
             return 0;
         for (int i = 0; i < 8; i++)
-            measure_channel(codec, panel + i * codec->block_length, c + i, &stats);
+            measure_channel(codec, x + i * codec->block_length, c + i, stats);
     }
+    s->kept = keeps_panels(codec);
+    return 1;
+}
+
+/* The coded record of a block with these tiers; 0 if the block must become an exact one. */
+static int64_t pack_coded(block_source *s, const uint8_t *tiers, float *panel, uint8_t *record)
+{
+    const mkvq_codec *codec = s->args->codec;
+    mkvq_layout l;
+    float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
     memset(&l, 0, sizeof l);
-    if (!choose_tiers(codec, &stats, importance, l.tier))
-        return 0;
+    memcpy(l.tier, tiers, (size_t)codec->head_dim);
     mkvq_header *h = &l.head;
     h->magic = MKVQ_MAGIC, h->version = MKVQ_FORMAT_VERSION, h->kind = MKVQ_KIND_CODED;
     h->dtype = (uint8_t)codec->dtype, h->value_bits = (uint8_t)codec->value_bits;
@@ -247,39 +280,4 @@ static int64_t pack_exact(const block_source *s, uint8_t *record)
                  a->v.stride[3], dim);
     }
     return l.nbytes;
-}
-
-static void pack_unit(const mkvq_pack_args *a, int64_t row, int64_t head)
-{
-    const mkvq_codec *codec = a->codec;
-    const int64_t unit = row * a->k.shape[1] + head;
-    const float *importance = a->importance ? a->importance + unit * codec->head_dim : NULL;
-    const int reference = codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
-    uint16_t *mu = reference ? a->mu + unit * codec->head_dim : NULL;
-    float panel[8 * MKVQ_MAX_BLOCK], known[MKVQ_MAX_HEAD_DIM];
-    int has_mu = reference && a->has_mu[unit];
-    for (int c = 0; has_mu && c < codec->head_dim; c++)
-        known[c] = mkvq_f16_to_f32(mu[c]);
-    for (int64_t j = 0; j < a->max_blocks; j++) {
-        const int64_t index = unit * a->max_blocks + j;
-        block_source s = {
-            a, row, head, a->first[row] + j * codec->block_length, reference ? known : NULL, 0};
-        uint8_t *record = a->out + index * a->out_stride;
-        uint16_t half[MKVQ_MAX_HEAD_DIM];
-        int64_t nbytes = 0;
-        if (j < a->blocks[row]) {
-            const int can_code = codec->allocate != MKVQ_ALLOCATE_EXACT &&
-                                 (!reference || has_mu || find_reference(&s, panel, half, known));
-            nbytes = can_code ? pack_coded(&s, importance, panel, record) : 0;
-            if (nbytes && reference && !has_mu) {
-                memcpy(mu, half, (size_t)codec->head_dim * 2);
-                a->has_mu[unit] = 1, has_mu = 1;
-            }
-            if (!nbytes)
-                nbytes = pack_exact(&s, record), s.raised = 0;
-        }
-        a->sizes[index] = nbytes;
-        if (a->raised)
-            a->raised[index] = s.raised;
-    }
 }

@@ -1,5 +1,5 @@
 /* tiers.inl.h - how many bits each key channel of a block gets: thresholds on A_d = I_d * S_d
- * (arXiv 2512.19206), or the best pattern of a menu. */
+ * (arXiv 2512.19206), or the best pattern of a menu; budget.inl.h for budgets. */
 #define NO_FIT (-1.0f)
 
 typedef struct {
@@ -10,17 +10,32 @@ typedef struct {
                 [MKVQ_TIERS]; /* error per token of each tier, NO_FIT where a group does not fit */
 } channel_stats;
 
+/* Whether the choice compares expected errors. */
 static int has_choice(const mkvq_codec *codec)
 {
-    return codec->allocate == MKVQ_ALLOCATE_PATTERNS && codec->n_patterns > 1;
+    return mkvq_has_budget(codec) ||
+           (codec->allocate == MKVQ_ALLOCATE_PATTERNS && codec->n_patterns > 1);
 }
 
 static int uses_tier(const mkvq_codec *codec, int tier)
 {
+    if (mkvq_has_budget(codec))
+        return 1;
     for (int p = 0; p < codec->n_patterns; p++)
         if (codec->patterns[p][tier])
             return 1;
     return 0;
+}
+
+/* The tier of all channels where nothing depends on the data, else -1. */
+static int only_tier(const mkvq_codec *codec)
+{
+    if (codec->allocate != MKVQ_ALLOCATE_PATTERNS || codec->n_patterns > 1)
+        return -1;
+    for (int t = 0; t < MKVQ_TIERS; t++)
+        if (codec->patterns[0][t] == codec->head_dim)
+            return t;
+    return -1;
 }
 
 /* Statistics of one channel, x[0..T). */
@@ -89,20 +104,26 @@ static void assign_pattern(const uint16_t *pattern, const uint8_t *rank, uint8_t
             tier[rank[i++]] = (uint8_t)t;
 }
 
+/* Expected error per token of a channel in a tier below exact, or NO_FIT. */
+static inline float channel_error(const mkvq_codec *codec, const channel_stats *stats, int channel,
+                                  int tier)
+{
+    static const float error_of_bits[MKVQ_TIER_EXACT] = {0.56f, 0.125f, 0.031f, 0.0082f, 0.0003f};
+    return codec->pattern_cost == MKVQ_COST_MODEL ? stats->variance[channel] * error_of_bits[tier]
+                                                  : stats->measured[channel][tier];
+}
+
 /* Expected logit error of an assignment, or NO_FIT. */
 static float pattern_cost(const mkvq_codec *codec, const channel_stats *stats,
                           const float *importance, const uint8_t *tier)
 {
-    static const float error_of_bits[MKVQ_TIER_EXACT] = {0.38f, 0.118f, 0.035f, 0.0115f, 0.00006f};
     float cost = 0.0f;
     for (int c = 0; c < codec->head_dim; c++) {
         const int t = tier[c];
         if (t == MKVQ_TIER_EXACT)
             continue;
         const float weight = importance ? importance[c] * importance[c] : 1.0f;
-        const float error = codec->pattern_cost == MKVQ_COST_MODEL
-                                ? stats->variance[c] * error_of_bits[t]
-                                : stats->measured[c][t];
+        const float error = channel_error(codec, stats, c, t);
         if (error == NO_FIT)
             return NO_FIT;
         cost += weight * error;

@@ -9,6 +9,9 @@
 #define MKVQ_ISA_NAME "avx2"
 #define MKVQ_ISA_TABLE mkvq_kernels_avx2
 
+/* a vector operation costs what one of its lanes would */
+#define MKVQ_WIDE 1
+
 /* accumulators stay in registers only where loops over them are unrolled */
 #define MKVQ_PRAGMA(text) _Pragma(#text)
 #define MKVQ_UNROLL(n) MKVQ_PRAGMA(GCC unroll n)
@@ -82,6 +85,42 @@ static inline vf vf_round(vf x)
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+static inline vf vf_abs(vf x)
+{
+    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+}
+
+/* Floats >= 0 order like their bits, a negative one is a negative integer: integer minima and
+ * maxima leave the float adders to the rest of a loop. */
+static inline vf vf_clamp(vf x, float limit)
+{
+    const __m256i top = _mm256_castps_si256(_mm256_set1_ps(limit));
+    const __m256i low = _mm256_max_epi32(_mm256_castps_si256(x), _mm256_setzero_si256());
+    return _mm256_castsi256_ps(_mm256_min_epi32(low, top));
+}
+
+static inline vf vf_widest(vf a, vf x)
+{
+    return _mm256_castsi256_ps(
+        _mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(vf_abs(x))));
+}
+
+static inline int vf_all_below(vf x, float limit)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ)) == 255;
+}
+
+static inline unsigned vf_equal(vf a, vf b)
+{
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+
+static inline vf vf_previous(vf x)
+{
+    const vf moved = _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6));
+    return _mm256_blend_ps(moved, _mm256_setzero_ps(), 1);
+}
+
 static inline vf vf_zero_below(vf p, vf x, float limit)
 {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ), p);
@@ -121,6 +160,11 @@ static inline vi vi_load(const uint32_t *p)
     return _mm256_loadu_si256((const __m256i *)p);
 }
 
+static inline vi vi_set1(uint32_t x)
+{
+    return _mm256_set1_epi32((int32_t)x);
+}
+
 static inline void vi_store(uint32_t *p, vi x)
 {
     _mm256_storeu_si256((__m256i *)p, x);
@@ -134,6 +178,21 @@ static inline vi vi_or(vi a, vi b)
 static inline vi vi_and1(vi a, uint32_t mask)
 {
     return _mm256_and_si256(a, _mm256_set1_epi32((int32_t)mask));
+}
+
+static inline vi vi_add(vi a, vi b)
+{
+    return _mm256_add_epi32(a, b);
+}
+
+static inline vi vi_bits(vf x)
+{
+    return _mm256_castps_si256(x);
+}
+
+static inline vf vf_of_bits(vi x)
+{
+    return _mm256_castsi256_ps(x);
 }
 
 static inline vi vi_shl(vi a, int count)

@@ -3,7 +3,7 @@
  *
  * vf: eight floats, vi: eight 32-bit integers. max/min return their second operand when a
  * comparison is false (as AVX does), so NaN in the second operand survives. vf_fma may round
- * once or twice: only attention uses it, never the codec. */
+ * once or twice: the codec uses it only where that makes no difference. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
@@ -11,6 +11,9 @@
 
 #define MKVQ_ISA_NAME "scalar"
 #define MKVQ_ISA_TABLE mkvq_kernels_scalar
+
+/* lanes are loops: no way round that needs more operations pays */
+#define MKVQ_WIDE 0
 
 /* unrolling plain loops over lanes only costs compile time */
 #define MKVQ_UNROLL(n)
@@ -90,6 +93,50 @@ static inline vf vf_round(vf x)
     return r;
 }
 
+static inline vf vf_abs(vf x)
+{
+    LANES(i) x.lane[i] = fabsf(x.lane[i]);
+    return x;
+}
+
+/* 0 ... limit of x, which is not NaN */
+static inline vf vf_clamp(vf x, float limit)
+{
+    return vf_min(vf_max(x, vf_set1(0.0f)), vf_set1(limit));
+}
+
+/* max(a, |x|) for a >= 0 */
+static inline vf vf_widest(vf a, vf x)
+{
+    LANES(i) a.lane[i] = fabsf(x.lane[i]) > a.lane[i] ? fabsf(x.lane[i]) : a.lane[i];
+    return a;
+}
+
+/* 1 if every lane is less than limit, none NaN */
+static inline int vf_all_below(vf x, float limit)
+{
+    int ok = 1;
+    LANES(i) ok &= x.lane[i] < limit;
+    return ok;
+}
+
+/* bit i: lanes i are equal */
+static inline unsigned vf_equal(vf a, vf b)
+{
+    unsigned mask = 0;
+    LANES(i) mask |= (unsigned)(a.lane[i] == b.lane[i]) << i;
+    return mask;
+}
+
+/* lane i: lane i - 1 of x; lane 0: 0 */
+static inline vf vf_previous(vf x)
+{
+    vf r = {{0}};
+    for (int i = 1; i < 8; i++)
+        r.lane[i] = x.lane[i - 1];
+    return r;
+}
+
 /* p where x >= limit or x is NaN, else 0 */
 static inline vf vf_zero_below(vf p, vf x, float limit)
 {
@@ -134,6 +181,13 @@ static inline vi vi_load(const uint32_t *p)
     return r;
 }
 
+static inline vi vi_set1(uint32_t x)
+{
+    vi r;
+    LANES(i) r.lane[i] = x;
+    return r;
+}
+
 static inline void vi_store(uint32_t *p, vi x)
 {
     memcpy(p, &x, sizeof x);
@@ -149,6 +203,27 @@ static inline vi vi_and1(vi a, uint32_t mask)
 {
     LANES(i) a.lane[i] &= mask;
     return a;
+}
+
+static inline vi vi_add(vi a, vi b)
+{
+    LANES(i) a.lane[i] += b.lane[i];
+    return a;
+}
+
+/* the same 32 bits */
+static inline vi vi_bits(vf x)
+{
+    vi r;
+    memcpy(&r, &x, sizeof r);
+    return r;
+}
+
+static inline vf vf_of_bits(vi x)
+{
+    vf r;
+    memcpy(&r, &x, sizeof r);
+    return r;
 }
 
 static inline vi vi_shl(vi a, int count)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..config import list_presets
 from ..errors import missing_package
 from ..eval.models import SMOLLM2
 from .evaluate import app as evaluate
@@ -21,7 +22,7 @@ app = typer.Typer(
 )
 
 _MODEL = typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")
-_PRESET = typer.Option("--preset", help="default, compact, kivi-2 or lossless.")
+_PRESET = typer.Option("--preset", help=f"One of: {', '.join(list_presets())}.")
 _THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")
 
 
@@ -69,6 +70,53 @@ def _generate(
     from .generate import GenerateOptions, generate
 
     generate(prompt, GenerateOptions(model, preset, max_new_tokens, temperature, seed, dtype, threads, report))
+
+
+@app.command("calibrate")
+def _calibrate(
+    model: Annotated[str, _MODEL] = SMOLLM2,
+    preset: Annotated[
+        str, typer.Option(help="paper: its thresholds; default, compact, near-lossless: a profile over the layers.")
+    ] = "paper",
+    target_bits: Annotated[
+        float | None, typer.Option(help="paper: scale the published pair to this many bits per key code; no trials.")
+    ] = None,
+    max_bits: Annotated[
+        float | None, typer.Option(help="paper: take the trial with the least KL within this many true bits.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="paper: pairs of thresholds to try, earlier ones counted.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    domains: Annotated[
+        str, typer.Option(help="prose, code, maths, or paths of text or .jsonl files; separated by commas.")
+    ] = "prose,code,maths",
+    windows: Annotated[int, typer.Option(help="Windows per domain, others than those of eval.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    prefill: Annotated[int, typer.Option(help="Of these, how many are read at once before the comparison.")] = 1536,
+    sink: Annotated[int | None, typer.Option(help="sink_length.", show_default="the preset's")] = None,
+    threads: Annotated[int | None, _THREADS] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("calibration.json"),
+) -> None:
+    """Find thresholds or a profile for one model; the file is for MixKVQCache(preset, calibration=FILE)."""
+    from .calibrate import CalibrateOptions, calibrate
+
+    options = CalibrateOptions(
+        model=model,
+        preset=preset,
+        target_bits=target_bits,
+        max_bits=max_bits,
+        trials=trials,
+        seed=seed,
+        domains=domains,
+        windows=windows,
+        context=context,
+        prefill=prefill,
+        sink=sink,
+        threads=threads,
+        dtype=dtype,
+        out=out,
+    )
+    raise typer.Exit(calibrate(options, Console()))
 
 
 def run(args: Sequence[str]) -> int:

@@ -46,7 +46,7 @@ class DemoOptions:
             raise UserError(f"--tokens is {self.tokens}, must be more than --prefill ({self.prefill})")
 
     def job(self, kind: str, preset: str | None) -> Job:
-        """One of the demo's three jobs."""
+        """One of the demo's jobs."""
         return Job(
             kind=kind,
             model=self.model,
@@ -74,6 +74,8 @@ def demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--out is {options.out}, must be a folder that can be written ({error.strerror})") from error
 
+    if options.model == SMOLLM2:
+        Display(console, {}).follow(run(options.job("prepare", None)))
     read = {"layer": "reading the prompt, layer by layer"}
     console.rule(f"DynamicCache, {options.dtype}")
     console.print(f"Prompt: about {options.tokens} tokens of the Python documentation, then:", highlight=False)

@@ -19,7 +19,8 @@ class Job:
     """What to run; plain data, sent to the new process."""
 
     kind: str
-    """"answer": generate an answer with one cache; "score": compare a preset with the exact cache."""
+    """"answer": generate an answer with one cache; "score": compare a preset with the exact cache; "prepare": only see
+    to it that the model can be loaded, so that converting it colours no measurement."""
     model: str
     dtype: str
     preset: str | None
@@ -90,18 +91,21 @@ def perform(job: Job, emit: Any) -> dict[str, Any]:
     -------
     dict
         "answer" (an `Answer`) or "score" (a `Score`); "bits" (a `CacheBits` or None); for "answer" also "bf16_bytes",
-        what a bf16 `DynamicCache` takes for as many tokens.
+        what a bf16 `DynamicCache` takes for as many tokens. Empty for "prepare".
     """
     import torch
     from transformers import DynamicCache
 
     from ..eval.memory import bf16_nbytes
-    from ..eval.models import load
+    from ..eval.models import load, prepare
     from ..eval.tiers import cache_bits
     from .answer import answer
     from .score import teacher_forced
     from .text import question_ids, text_ids
 
+    if job.kind == "prepare":
+        prepare(job.model, lambda text: emit("say", text))
+        return {}
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     model, tokenizer = load(job.model, job.dtype, lambda text: emit("say", text))

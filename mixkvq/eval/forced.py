@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..config import MixKVQConfig
 from .replay import Prefill
+from .schemes import Scheme
 
 Doubles = NDArray[np.float64]
 
@@ -30,6 +32,12 @@ def chunk_ends(first: int, last: int, sink_length: int, block_length: int) -> It
         blocks = max(0, end - sink_length) // block_length + 1
         end = min(last, sink_length + blocks * block_length)
         yield end
+
+
+def scheme_ends(scheme: Scheme, first: int, last: int) -> list[int]:
+    """Ends of chunks on the block borders of a scheme; of `default` for a scheme that has none of its own."""
+    config = scheme.config or MixKVQConfig.preset("default")
+    return list(chunk_ends(first, last, config.sink_length, config.block_length))
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:

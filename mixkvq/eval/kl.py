@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..fingerprint import fingerprint
+from ..fingerprint import identity
+from .bits import bits_of, bits_over
 from .forced import chunk_ends, compare, forced_logits
-from .memory import cache_nbytes, coded_layers, exact_elements
 from .replay import Prefill
 from .results import Results
 from .schemes import EXACT, Scheme, parse_scheme
@@ -63,12 +62,9 @@ class Protocol:
 
 def key_of(model: Any, window: Window, protocol: Protocol, scheme: Scheme) -> dict[str, Any]:
     """What a measurement is found by."""
-    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "measure": "kl",
-        "model": fingerprint(model.config),
-        "name": str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
-        "dtype": dtype,
+        **identity(model),
         "domain": window.domain,
         "window": window.index,
         "text": window.digest,
@@ -111,27 +107,6 @@ def _measure_window(
             "agree": found.agree.astype(int).tolist(),
         }
         yield scheme, values | bits_of(cache)
-
-
-def bits_of(cache: Any) -> dict[str, Any]:
-    """True and effective bits of a cache, and the paths of its layers; None where nothing is coded."""
-    layers = coded_layers(cache)
-    nbytes, elements = sum(x.nbytes for x in layers), sum(x.elements for x in layers)
-    found: dict[str, Any] = {
-        "true_bits": 8 * nbytes / elements if elements else None,
-        "record_bytes": nbytes,
-        "record_elements": elements,
-        "paths": dict(sorted(Counter(x.path for x in layers).items())),
-    }
-    if not hasattr(cache, "report"):
-        held = elements + exact_elements(cache)
-        return found | {"effective_bits": 8 * cache_nbytes(cache) / held if held else None}
-    report = cache.report()
-    return found | {
-        "effective_bits": report.effective_bits,
-        "raised_scales": sum(layer.raised_scales for layer in report.layers),
-        "exact_blocks": sum(layer.exact_blocks for layer in report.layers),
-    }
 
 
 def path_note(kind: str, paths: Mapping[str, int]) -> str:
@@ -187,13 +162,12 @@ def summarize(
     for scheme in schemes:
         rows = values(scheme)
         kl, every = units(rows, "kl"), np.concatenate([np.asarray(row["kl"]) for row in rows])
-        elements = sum(row["record_elements"] for row in rows)
-        effective = [row["effective_bits"] for row in rows]
+        true_bits, effective_bits = bits_over(rows)
         summaries.append(
             Summary(
                 scheme=scheme,
-                true_bits=8 * sum(row["record_bytes"] for row in rows) / elements if elements else None,
-                effective_bits=None if None in effective else float(np.mean(effective)),
+                true_bits=true_bits,
+                effective_bits=effective_bits,
                 kl=mean_interval(kl),
                 p99=float(np.quantile(every, 0.99)),
                 nll_change=mean_interval(units(rows, "nll_change")),

@@ -131,6 +131,13 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def prepare(name: str, say: Callable[[str], None] = lambda text: None) -> None:
+    """Convert a model that has to be converted before `load`, if that was not done yet."""
+    if name == SMOLLM2:
+        quiet()
+        smollm2_folder(say)
+
+
 def load(name: str = SMOLLM2, dtype: str = "auto", say: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
     """Load a model for generation, on the CPU.
 

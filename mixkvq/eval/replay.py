@@ -58,8 +58,10 @@ class Prefill:
     """[B, 1, vocabulary] of the last token."""
 
     @classmethod
-    def record(cls, model: Any, ids: torch.Tensor) -> Prefill:
+    def record(cls, model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Prefill:
         """Run a model over ``ids`` [B, n] with an exact cache.
+
+        ``mask`` [B, n] is 0 at padding on the left; positions are counted behind it, as ``generate`` does.
 
         Raises
         ------
@@ -69,7 +71,7 @@ class Prefill:
         cache = _IndexingCache(config=model.config)
         calls: list[AttentionCall] = []
         with torch.inference_mode(), _recording(calls):
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            logits = read(model, ids, mask, cache)
         seen = {call.layer for call in calls}
         missing = [i for i in range(len(cache.layers)) if i not in seen]
         if missing:
@@ -80,6 +82,15 @@ class Prefill:
         """Fill an empty cache as the model would have filled it."""
         for call in self.calls:
             call.replay(cache)
+
+
+def read(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+    """Run a model over ``ids`` [B, n] as `Prefill.record` does; the logits [B, 1, vocabulary] of the last token."""
+    padded: dict[str, Any] = {}
+    if mask is not None:
+        padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    logits: torch.Tensor = model(ids, past_key_values=cache, logits_to_keep=1, **padded).logits
+    return logits
 
 
 _LAYER = "_mixkvq_layer"

@@ -23,7 +23,6 @@ from typing import Any
 from ..config import MixKVQConfig, list_presets
 from ..errors import UserError
 from . import rivals
-from .simulate import ReferenceSimulator, SimulatedCache
 
 EXACT = "exact"
 _SIMULATED = "simulated/"
@@ -106,6 +105,8 @@ def _scheme(text: str, name: str, own: dict[str, Any], fields: dict[str, Any]) -
             raise ValueError("exact has no fields")
         return Scheme(text, "exact", None, EXACT, _exact)
     if name.startswith(_SIMULATED):
+        from .simulate import ReferenceSimulator
+
         config = MixKVQConfig.preset(name.removeprefix(_SIMULATED), **fields)
         simulator = ReferenceSimulator(config)
         return Scheme(text, "simulated", config, f"reference {config.to_json()}", _simulated(simulator))
@@ -148,7 +149,12 @@ def _exact(model: Any) -> Any:
 
 
 def _simulated(simulator: Any) -> Callable[[Any], Any]:
-    return lambda model: SimulatedCache(simulator, config=model.config)
+    def build(model: Any) -> Any:
+        from .simulate import SimulatedCache
+
+        return SimulatedCache(simulator, config=model.config)
+
+    return build
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -66,7 +66,8 @@ class ReferenceSimulator:
         """As in `Simulator`."""
         codec = self.config.codec(k.shape[-1], state["dtype"])
         x, y = (reference.narrow(states, codec.dtype) for states in (k, v))
-        records, state["mu"], _ = reference.pack_layer(codec, x, y, importance, state.get("mu"))
+        heads, state["mu"], _ = reference.pack_heads(codec, x, y, importance, state.get("mu"))
+        records = [head[0] for head in heads]
         decoded = [reference.unpack(r, mu) for r, mu in zip(records, state["mu"], strict=True)]
         keys, values = (np.stack([pair[i] for pair in decoded]) for i in (0, 1))
         return keys, values, float(sum(map(len, records)))
@@ -158,8 +159,8 @@ class SimulatedCache(MixKVQCache):
         self.simulator = simulator
         super().__init__(simulator.config, config=config)
 
-    def _new_layer(self) -> MixKVQLayer:
-        return SimulatedLayer(self.simulator, len(self.layers), self.ledger)
+    def _new_layer(self, index: int) -> MixKVQLayer:
+        return SimulatedLayer(self.simulator, index, self.ledger)
 
     def report(self) -> Report:
         """As `MixKVQCache.report`, of what the records would take."""

@@ -37,7 +37,8 @@ class Window:
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:12]
 
 
-def _prose() -> str:
+def prose() -> str:
+    """The language reference."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(text.strip() for _, text in sorted(topics.items()))
@@ -97,7 +98,7 @@ def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window
     if domain.endswith(".jsonl"):
         return _chats(tokenizer, read_problems(Path(domain)), domain, count, length)
     if domain == "prose":
-        text = _prose()
+        text = prose()
     elif domain == "code":
         text = _code()
     elif Path(domain).is_file():

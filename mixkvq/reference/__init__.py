@@ -9,7 +9,7 @@ from .attention import attend, importance, salience
 from .coding import code_groups, values_of
 from .layout import Header, parse, record_nbytes
 from .numbers import hadamard, narrow
-from .packing import pack_block, pack_head, pack_layer
+from .packing import pack_block, pack_head, pack_heads
 from .tiers import assign
 from .unpacking import unpack
 
@@ -23,7 +23,7 @@ __all__ = [
     "narrow",
     "pack_block",
     "pack_head",
-    "pack_layer",
+    "pack_heads",
     "parse",
     "record_nbytes",
     "salience",

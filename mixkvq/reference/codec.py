@@ -19,7 +19,7 @@ class Codec(Protocol):
 
     @property
     def allocate(self) -> str:
-        """``"patterns"``, ``"threshold"`` or ``"exact"``."""
+        """``"patterns"``, ``"threshold"``, ``"exact"``, ``"budget"`` or ``"layer"``."""
         ...
 
     @property
@@ -52,6 +52,11 @@ class Codec(Protocol):
     @property
     def pattern_cost(self) -> str:
         """``"model"`` or ``"measured"``."""
+        ...
+
+    @property
+    def budget_columns(self) -> int:
+        """Key columns per head, of "budget" and "layer"."""
         ...
 
     @property

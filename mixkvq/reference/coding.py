@@ -16,7 +16,8 @@ RATIOS: dict[int, tuple[float, ...]] = {
     4: (1, 0.94, 0.88, 0.8),
     8: (1,),
 }
-_SMALLEST = F32(2.0**-24)
+AVERAGED = F32(15)
+"""Weight of the error along the group, beyond its squared error."""
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Coded:
     raw_offset: Array
     """[...] int8 or float16"""
     error: Floats
-    """[...] squared error of the group"""
+    """[...] what the choices minimise: squared error, and more for the part of it along the group"""
     fits: NDArray[np.bool_]
     raised: NDArray[np.bool_]
 
@@ -89,9 +90,15 @@ def _candidate(x: Floats, bits: int, metadata: str, span: Floats, lo: Floats, fl
     if metadata == "fp16":
         codes = np.where(flat, F32(0), codes)
     codes = np.where(fits, codes, F32(0))
-    miss = x - (codes * safe_scale + safe_offset)
-    error = eight_sum(miss * miss)
+    error = _weighted_error(x, x - (codes * safe_scale + safe_offset))
     return Coded(codes.astype(np.uint8), scale, offset, raw_scale, raw_offset, error, fits, raised)
+
+
+def _weighted_error(x: Floats, miss: Floats) -> Floats:
+    away = x - eight_sum(x) / F32(len(x))
+    energy, along = eight_sum(away * away), eight_sum(miss * away)
+    share = np.where(energy > 0, along / energy * along, F32(0))
+    return np.asarray(eight_sum(miss * miss) + AVERAGED * share, F32)
 
 
 def _keep(best: Coded, new: Coded) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from .budget import choose_pooled
 from .codec import Codec
 from .coding import Coded, code_groups
 from .layout import (
@@ -16,7 +19,7 @@ from .layout import (
     to_words,
 )
 from .numbers import F32, Array, Floats, eight_sum, hadamard, storage, widen
-from .tiers import TIER_BITS, TIER_EXACT, choose_tiers
+from .tiers import TIER_BITS, TIER_EXACT, Tiers, choose_tiers, tier_costs
 
 Reference = Array
 """float16 [D]"""
@@ -45,23 +48,10 @@ def pack_head(
     raised : list of int
         Raised scales of each record.
     """
-    records, raised = [], []
-    for begin in range(0, len(k) - codec.block_length + 1, codec.block_length):
-        block = slice(begin, begin + codec.block_length)
-        record, mu, count = pack_block(codec, k[block], v[block], importance, mu)
-        records.append(record)
-        raised.append(count)
-    return records, mu, raised
-
-
-def pack_layer(
-    codec: Codec, k: Array, v: Array, importance: Floats | None = None, mu: list[Reference | None] | None = None
-) -> tuple[list[bytes], list[Reference | None], list[int]]:
-    """Pack one block of every head; as `pack_head` with ``k``, ``v`` [H, T, D], ``importance`` [H, D], ``mu`` [H]."""
-    known = [None] * len(k) if mu is None else mu
-    weights = [None] * len(k) if importance is None else list(importance)
-    packed = [pack_block(codec, *head) for head in zip(k, v, weights, known, strict=True)]
-    return [p[0] for p in packed], [p[1] for p in packed], [p[2] for p in packed]
+    heads = [None if mu is None else np.asarray(mu)]
+    weights = None if importance is None else importance[None]
+    records, references, raised = pack_heads(codec, k[None], v[None], weights, heads)
+    return records[0], references[0], raised[0]
 
 
 def pack_block(
@@ -74,14 +64,90 @@ def pack_block(
     tiers: Array | None = None,
 ) -> tuple[bytes, Reference | None, int]:
     """Pack one block; as `pack_head` with ``k`` and ``v`` of [T, D]. ``tiers`` [D], if given, replaces the choice."""
-    k, v = storage(k, codec.dtype), storage(v, codec.dtype)
     if k.shape != v.shape or k.shape[1] != codec.head_dim:
         raise ValueError(f"k is {k.shape} and v is {v.shape}, must be alike with head_dim {codec.head_dim}")
-    coded = None
-    if codec.allocate != "exact":
-        ones = np.ones(codec.head_dim, F32)
-        coded = _coded_record(codec, k, v, ones if importance is None else importance, mu, tiers)
-    return (_exact_record(codec, k, v), mu, 0) if coded is None else coded
+    weights = None if importance is None else importance[None]
+    chosen = None if tiers is None else [tiers]
+    records, references, raised = pack_heads(codec, k[None], v[None], weights, [mu], tiers=chosen)
+    return records[0][0], references[0], raised[0][0]
+
+
+def pack_heads(
+    codec: Codec,
+    k: Array,
+    v: Array,
+    importance: Floats | None = None,
+    mu: Sequence[Reference | None] | None = None,
+    *,
+    tiers: Sequence[Array] | None = None,
+) -> tuple[list[list[bytes]], list[Reference | None], list[list[int]]]:
+    """Pack all whole blocks of all heads of a batch row: with ``allocate="layer"`` they share their budget.
+
+    Parameters
+    ----------
+    codec : Codec
+    k, v : ndarray, [H, n, D]
+    importance : ndarray, float32, [H, D], optional
+    mu : sequence of (float16 [D] or None), optional
+        Of every head.
+    tiers : sequence of (uint8 [D]), optional
+        Tier ids of every head, instead of choosing them.
+
+    Returns
+    -------
+    records, mu, raised
+        As `pack_head`, a list of each for every head.
+    """
+    k, v = storage(k, codec.dtype), storage(v, codec.dtype)
+    heads = range(len(k))
+    weights = np.ones((len(k), codec.head_dim), F32) if importance is None else importance.astype(F32)
+    references: list[Reference | None] = [None] * len(k) if mu is None else list(mu)
+    records: list[list[bytes]] = [[] for _ in heads]
+    raised: list[list[int]] = [[] for _ in heads]
+    for begin in range(0, k.shape[1] - codec.block_length + 1, codec.block_length):
+        block = slice(begin, begin + codec.block_length)
+        relative = [_relative(codec, k[h, block], references[h]) for h in heads]
+        for h, chosen in enumerate(_choose(codec, relative, weights) if tiers is None else tiers):
+            coded, head = None, relative[h]
+            if chosen is not None and head is not None:
+                x, reference = head
+                coded = _coded_record(codec, x, k[h, block], v[h, block], chosen)
+            if coded is None:
+                coded = _exact_record(codec, k[h, block], v[h, block]), 0
+            else:
+                references[h] = reference
+            records[h].append(coded[0])
+            raised[h].append(coded[1])
+    return records, references, raised
+
+
+def _relative(codec: Codec, k: Array, mu: Reference | None) -> tuple[Floats, Reference | None] | None:
+    """Keys [T, D] as they will be coded, and the reference; None if they cannot be coded."""
+    x = widen(k, codec.dtype)
+    if codec.allocate == "exact" or not np.isfinite(x).all():
+        return None
+    if not codec.key_reference:
+        return x, mu
+    mu = _reference(x) if mu is None else mu
+    return None if mu is None else (np.asarray(x - mu.astype(F32), F32), mu)
+
+
+def _choose(
+    codec: Codec, relative: Sequence[tuple[Floats, Reference | None] | None], importance: Floats
+) -> list[Tiers | None]:
+    """Tier ids of every head of a block; None: an exact record."""
+    if codec.allocate in ("budget", "layer"):
+        costs = [
+            tier_costs(codec, head[0], weight) if head else None
+            for head, weight in zip(relative, importance, strict=True)
+        ]
+        if codec.allocate == "layer":
+            return choose_pooled(codec.budget_columns, costs)
+        return [choose_pooled(codec.budget_columns, [cost])[0] for cost in costs]
+    return [
+        choose_tiers(codec, head[0], weight) if head else None
+        for head, weight in zip(relative, importance, strict=True)
+    ]
 
 
 def _exact_record(codec: Codec, k: Array, v: Array) -> bytes:
@@ -139,21 +205,10 @@ def _fold(parts: list[Coded]) -> int:
     return (int(largest.view(np.uint32)) + 0xFFFF) >> 16
 
 
-def _coded_record(
-    codec: Codec, k: Array, v: Array, importance: Floats, mu: Reference | None, tiers: Array | None
-) -> tuple[bytes, Reference | None, int] | None:
-    """A coded record, or None where only an exact one can hold the block."""
-    x, y = widen(k, codec.dtype), widen(v, codec.dtype)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return None
-    if codec.key_reference:
-        mu = _reference(x) if mu is None else mu
-        if mu is None:
-            return None
-        x = x - mu.astype(F32)
-    if tiers is None:
-        tiers = choose_tiers(codec, x, importance.astype(F32))
-    if tiers is None:
+def _coded_record(codec: Codec, x: Floats, k: Array, v: Array, tiers: Tiers) -> tuple[bytes, int] | None:
+    """A coded record and its raised scales, or None where only an exact one can hold the block."""
+    y = widen(v, codec.dtype)
+    if not np.isfinite(y).all():
         return None
     keys = _code_keys(codec, x, tiers)
     values = _code_values(codec, y) if codec.value_bits else []
@@ -161,7 +216,7 @@ def _coded_record(
     if not all(part.fits.all() for part in parts):
         return None
     raised = sum(int(part.raised.sum()) for part in parts)
-    return _assemble(codec, tiers, keys, values, k, v), mu, raised
+    return _assemble(codec, tiers, keys, values, k, v), raised
 
 
 def _assemble(codec: Codec, tiers: Array, keys: dict[int, Coded], values: list[Coded], k: Array, v: Array) -> bytes:

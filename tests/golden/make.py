@@ -1,8 +1,9 @@
 """The golden records: what they are made from, and the command that writes them.
 
-``python tests/golden/make.py`` packs the inputs of `CASES` with the oracle into ``NAME.bin`` (the records of one head,
-one after the other) and writes ``golden.json`` (reference, raised scales, kinds, SHA-256 of the unpacked float32 keys
-and values). The files pin version 1 of docs/format.md: they change only together with the version byte.
+``python tests/golden/make.py`` packs the inputs of `CASES` with the oracle into ``NAME.bin`` (the records of a head,
+one after the other, head after head) and writes ``golden.json`` (reference, raised scales, kinds, SHA-256 of the
+unpacked float32 keys and values). The files pin version 1 of docs/format.md: they change only together with the version
+byte.
 """
 
 from __future__ import annotations
@@ -123,15 +124,25 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "exact-bfloat16": (8, 7, 1, {**EXACT, **BRAIN}),
     "escaped": (16, 32, 3, {**HALF, "patterns": ((0, 16, 0, 0, 0, 0),)}),
     "raised": (16, 32, 2, {**PLAIN, "patterns": ((0, 12, 0, 0, 4, 0),)}),
+    "budget": (64, 32, 2, {"allocate": "budget", "budget_columns": 5, "value_bits": 2}),
+    "budget-measured": (
+        40,
+        32,
+        2,
+        {**HALF, **PLAIN, "allocate": "budget", "budget_columns": 4, "pattern_cost": "measured"},
+    ),
+    "layer": (32, 64, 2, {**BRAIN, "allocate": "layer", "budget_columns": 3}),
 }
+HEADS = {"layer": 3}
+"""KV heads of a case, where there are several: they share a budget."""
 
 
 def case(name: str) -> tuple[BlockCodec, np.ndarray, np.ndarray, np.ndarray]:
-    """Codec, k and v [n, D] in the codec's dtype, and importance [D] of a case."""
+    """Codec, k and v [H, n, D] in the codec's dtype, and importance [H, D] of a case."""
     dim, length, blocks, fields = CASES[name]
     codec = BlockCodec(**{"head_dim": dim, "block_length": length, "value_group": dim, **BASE, **fields})
-    tokens = blocks * length
-    seed = list(CASES).index(name)
+    heads, seed = HEADS.get(name, 1), list(CASES).index(name)
+    tokens, dim = blocks * length, heads * dim
     width = np.array([(1, 2, 4, 8)[d * 5 % 4] for d in range(dim)], np.float32) / 4
     k = ramp(tokens, dim, seed) * width + np.float32(3) * ramp(1, dim, seed + 100)
     v = ramp(tokens, dim, seed + 200) * ramp(tokens, 1, seed + 300)
@@ -140,12 +151,16 @@ def case(name: str) -> tuple[BlockCodec, np.ndarray, np.ndarray, np.ndarray]:
     if name == "raised":
         k[:, 2], k[:32, 9], v[7] = 100, -0.0, 55
     weight = np.abs(ramp(1, dim, seed + 400)[0]) / 4
-    return codec, numbers.narrow(k, codec.dtype), numbers.narrow(v, codec.dtype), weight
+    if name == "layer":  # the last head's second block is exact and takes no part
+        k[-1, -1] = np.inf
+    k, v = (np.ascontiguousarray(x.reshape(tokens, heads, -1).swapaxes(0, 1)) for x in (k, v))
+    return codec, numbers.narrow(k, codec.dtype), numbers.narrow(v, codec.dtype), weight.reshape(heads, -1)
 
 
-def digest(records: list[bytes], mu: np.ndarray | None) -> str:
-    """SHA-256 of the unpacked keys and values."""
-    parts = [x.tobytes() for record in records for x in reference.unpack(record, mu)]
+def digest(records: list[list[bytes]], mu: list[np.ndarray | None]) -> str:
+    """SHA-256 of the unpacked keys and values of all heads."""
+    pairs = [(record, mu[head]) for head, blocks in enumerate(records) for record in blocks]
+    parts = [x.tobytes() for record, known in pairs for x in reference.unpack(record, known)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -153,13 +168,14 @@ def main() -> None:
     facts = {}
     for name in CASES:
         codec, k, v, weight = case(name)
-        records, mu, raised = reference.pack_head(codec, k, v, weight)
-        (HERE / f"{name}.bin").write_bytes(b"".join(records))
+        records, mu, raised = reference.pack_heads(codec, k, v, weight)
+        flat = [record for blocks in records for record in blocks]
+        (HERE / f"{name}.bin").write_bytes(b"".join(flat))
         facts[name] = {
-            "mu": None if mu is None else mu.view(np.uint16).tolist(),
-            "raised": raised,
-            "exact": [reference.parse(record).exact for record in records],
-            "counts": [reference.parse(record).counts for record in records],
+            "mu": None if mu[0] is None else [n for head in mu for n in head.view(np.uint16).tolist()],
+            "raised": [n for blocks in raised for n in blocks],
+            "exact": [reference.parse(record).exact for record in flat],
+            "counts": [reference.parse(record).counts for record in flat],
             "unpacked": digest(records, mu),
         }
     lines = (f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from .app import app
 from .dump import dump
+from .generate import generate
 from .kl import kl
 from .layers import layers
+from .lm_eval import lm_eval
 from .operator import operator
+from .recall import recall
 
-__all__ = ["app", "dump", "kl", "layers", "operator"]
+__all__ = ["app", "dump", "generate", "kl", "layers", "lm_eval", "operator", "recall"]

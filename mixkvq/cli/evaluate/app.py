@@ -131,7 +131,8 @@ def set_up(*, model: str, dtype: str = "float32", **options: Any) -> Setup:
         Naming the option.
     """
     checked = check_options(**options)
-    from ...eval.models import load
+    from ...eval.models import load, quiet
 
+    quiet()
     loaded, tokenizer = load(model, dtype, lambda text: checked.console.print(text, style="dim", highlight=False))
     return Setup(**vars(checked), model=loaded, tokenizer=tokenizer)

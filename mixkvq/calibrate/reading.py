@@ -1,0 +1,85 @@
+"""`Readings`: calibration text read once with the exact cache, against which any number of caches is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..eval.forced import compare, forced_logits
+from ..eval.kl import Protocol
+from ..eval.replay import Prefill
+from ..eval.stats import stretches
+from ..eval.texts import Window, windows
+
+Doubles = NDArray[np.float64]
+SHIFT = 2
+"""Calibration windows lie between those that `mixkvq eval` reads; see `calibration_windows`."""
+
+
+def calibration_windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window]:
+    """``count`` windows that share no position with the ``count`` windows `mixkvq eval` takes from a domain.
+
+    The domain is cut into twice as many parts, of which every second one is used: with up to ``count`` windows, and
+    windows no longer than a part, what calibration reads and what the harness reads by default is disjoint.
+    """
+    return windows(tokenizer, domain, SHIFT * count, length)[1::SHIFT]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cache on the calibration text."""
+
+    units: Doubles
+    """KL divergence in nats, means over stretches of positions."""
+    true_bits: float
+    record_bytes: int
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence in nats."""
+        return float(self.units.mean())
+
+
+class Readings:
+    """Windows with their recorded first pass and the exact logits of their other positions.
+
+    Parameters
+    ----------
+    model : causal language model
+    texts : sequence of Window
+        Of ``protocol.context`` tokens.
+    protocol : Protocol
+    """
+
+    def __init__(self, model: Any, texts: Sequence[Window], protocol: Protocol) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.protocol, self.texts = model, protocol, list(texts)
+        self._read = []
+        for text in texts:
+            ids = torch.tensor([text.ids])
+            prefill = Prefill.record(model, ids[:, : protocol.prefill])
+            exact = list(forced_logits(model, ids, prefill, DynamicCache(config=model.config), protocol.ends))
+            self._read.append((ids, prefill, exact))
+
+    @property
+    def prefills(self) -> list[Prefill]:
+        """The first passes."""
+        return [prefill for _, prefill, _ in self._read]
+
+    def measure(self, make: Callable[[], Any]) -> Measured:
+        """Compare caches, one per window, with the exact one; ``make`` gives an empty `MixKVQCache`."""
+        kl, nbytes, elements = [], 0, 0
+        for ids, prefill, exact in self._read:
+            cache = make()
+            unknown = torch.full((self.protocol.context - self.protocol.prefill,), -1)
+            kl.append(compare(exact, forced_logits(self.model, ids, prefill, cache, self.protocol.ends), unknown).kl)
+            layers = cache.report().layers
+            nbytes += sum(layer.record_bytes for layer in layers)
+            elements += sum(layer.record_elements for layer in layers)
+        return Measured(stretches(kl), 8 * nbytes / max(elements, 1), nbytes)

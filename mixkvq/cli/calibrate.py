@@ -1,0 +1,220 @@
+"""``mixkvq calibrate``: what to set for one model, written as a file for `MixKVQCache(calibration=...)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import MixKVQConfig
+from ..errors import UserError
+from ..version import __version__
+from .display import Display
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of the command; the fields are explained in `mixkvq.cli.app`."""
+
+    model: str
+    preset: str = "paper"
+    target_bits: float | None = None
+    max_bits: float | None = None
+    trials: int = 30
+    seed: int = 0
+    domains: str = "prose,code,maths"
+    windows: int = 1
+    context: int = 2048
+    prefill: int = 1536
+    sink: int | None = None
+    threads: int | None = None
+    dtype: str = "float32"
+    out: Path = Path("calibration.json")
+
+    def __post_init__(self) -> None:
+        try:
+            config = MixKVQConfig.preset(self.preset)
+        except ValueError as error:
+            raise UserError(f"--preset: {error}") from error
+        if config.allocate not in ("threshold", "patterns") or len(config.key_patterns) == 1:
+            raise UserError(f"--preset is {self.preset}, which has nothing to calibrate")
+        if config.allocate != "threshold" and (self.target_bits is not None or self.max_bits is not None):
+            raise UserError(f"--target-bits and --max-bits are for thresholds; {self.preset} has none")
+        for name, low in (("trials", 1), ("windows", 1), ("threads", 1), ("sink", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name} is {value}, must be at least {low}")
+        if self.target_bits is not None and not 2 <= self.target_bits < 16:
+            raise UserError(f"--target-bits is {self.target_bits}, must be from 2 to below 16 bits per key code")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields that replace the preset's."""
+        return {} if self.sink is None else {"sink_length": self.sink}
+
+
+def calibrate(options: CalibrateOptions, console: Console) -> int:
+    """Run the command; returns the exit status: 1 if nothing better than the preset was found.
+
+    Raises
+    ------
+    UserError
+        When the model, the text or the folder is missing.
+    """
+    import torch
+
+    from ..calibrate.reading import Readings, calibration_windows
+    from ..eval.kl import Protocol
+    from ..eval.models import load
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    protocol = Protocol(options.context, options.prefill, options.sink or 0)
+    model, tokenizer = load(options.model, options.dtype, lambda text: console.print(text, style="dim"))
+    names = [name.strip() for name in options.domains.split(",") if name.strip()]
+    # twice as many for a profile: one half to choose by, the other to judge by
+    halves = 2 if options.preset != "paper" else 1
+    texts = [calibration_windows(tokenizer, name, halves * options.windows, options.context) for name in names]
+    with console.status("reading with the exact cache"):
+        readings = Readings(model, [w for part in texts for w in part[::halves]], protocol)
+    count = f"{len(readings.texts)} windows of {options.context} tokens from {', '.join(names)}"
+    if options.preset != "paper":
+        with console.status("reading what the profile is judged by"):
+            held_out = Readings(model, [w for part in texts for w in part[1::halves]], protocol)
+        return _profile(options, console, readings, held_out, count)
+    if options.target_bits is not None:
+        return _scale(options, console, readings, count)
+    return _search(options, console, readings, count)
+
+
+def _write(options: CalibrateOptions, model: Any, fields: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    from ..calibration import Calibration
+    from ..fingerprint import fingerprint
+
+    made = Calibration(
+        fingerprint(model.config),
+        options.preset,
+        {**options.fields, **fields},
+        summary={**summary, "made_by": f"mixkvq {__version__}"},
+    )
+    write(options.out, made.to_json())
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written.
+    """
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(text)
+        made.replace(path)
+    except OSError as error:
+        made.unlink(missing_ok=True)
+        raise UserError(f"--out is {path}, which cannot be written ({error.strerror})") from error
+
+
+def _scale(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
+    from ..cache import MixKVQCache
+    from ..calibrate.thresholds import scale_thresholds
+
+    config = MixKVQConfig.preset("paper", **options.fields)
+    with console.status("scaling the published pair"):
+        try:
+            found = scale_thresholds(readings.model, readings.prefills, config, float(options.target_bits or 0))
+        except ValueError as error:
+            raise UserError(f"--target-bits: {error}") from error
+    chosen = config.replace(thresholds=found.thresholds)
+    measured = readings.measure(lambda: MixKVQCache(chosen, config=readings.model.config))
+    high, low = found.thresholds
+    console.print(
+        f"thresholds ({high:.4f}, {low:.4f}): {found.code_bits:.4f} bits per key code, {measured.true_bits:.3f} true "
+        f"bits, KL {measured.kl:.4f} nats on {count}",
+        highlight=False,
+    )
+    summary = {
+        "key_code_bits": found.code_bits,
+        "true_bits": measured.true_bits,
+        "kl_nats": measured.kl,
+        "texts": count,
+    }
+    _write(options, readings.model, {"thresholds": [high, low]}, summary)
+    console.print(f"Calibration: {options.out}", highlight=False)
+    return 0
+
+
+def _search(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
+    import hashlib
+
+    from ..calibrate.plots import pareto_figure
+    from ..calibrate.study import pareto, pick, search
+    from ..fingerprint import fingerprint
+
+    config = MixKVQConfig.preset("paper", **options.fields)
+    what = [fingerprint(readings.model.config), config.to_json(), str(readings.protocol)]
+    what += [text.digest for text in readings.texts]
+    name = f"paper-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
+    journal = options.out.with_suffix(".study.log")
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    display = Display(console, {"chunk": "trials"})
+    try:
+        trials = search(readings, config, options.trials, options.seed, journal, name, display.show)
+    finally:
+        display.close()
+    front = pareto(trials)
+    chosen = pick(front, options.max_bits)
+    table = Table(title=f"Best of {len(trials)} pairs on {count}", title_justify="left")
+    for column in ("high", "low", "true bits", "KL, nats", ""):
+        table.add_column(column, justify="right")
+    for trial in front:
+        mark = "chosen" if trial is chosen else ""
+        high, low = trial.thresholds
+        table.add_row(f"{high:.3f}", f"{low:.3f}", f"{trial.true_bits:.3f}", f"{trial.kl:.4f}", mark)
+    console.print(table)
+    figure = options.out.with_suffix(".png")
+    pareto_figure(figure, trials, front, chosen, f"{options.model}: thresholds of `paper`, {len(trials)} trials")
+    rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
+    summary = {"true_bits": chosen.true_bits, "kl_nats": chosen.kl, "texts": count, "trials": len(trials), "rule": rule}
+    _write(options, readings.model, {"thresholds": list(chosen.thresholds)}, summary)
+    console.print(f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}", highlight=False)
+    return 0
+
+
+def _profile(options: CalibrateOptions, console: Console, readings: Any, held_out: Any, count: str) -> int:
+    from dataclasses import replace
+
+    from ..calibrate.profile import make_profile
+
+    display = Display(console, {"chunk": "measuring every layer alone"})
+    try:
+        found = make_profile(readings, held_out, options.preset, options.fields, display.show)
+    finally:
+        display.close()
+    console.print(
+        f"{options.preset}: KL {found.kl[1]:.4f} nats at {found.true_bits[1]:.3f} true bits; with the profile "
+        f"{found.kl[0]:.4f} at {found.true_bits[0]:.3f}; ratio {found.ratio.value:.3f} "
+        f"[{found.ratio.low:.3f}, {found.ratio.high:.3f}] on {count} that it was not made from",
+        highlight=False,
+    )
+    if not found.ratio.high < 1:
+        console.print("No gain beyond chance: nothing written.", style="bold", highlight=False)
+        return 1
+    summary = {
+        "true_bits": found.true_bits[0],
+        "kl_nats": found.kl[0],
+        "kl_ratio_to_preset": [found.ratio.value, found.ratio.low, found.ratio.high],
+        "texts": count,
+        "made_by": f"mixkvq {__version__}",
+    }
+    write(options.out, replace(found.calibration, summary=summary).to_json())
+    console.print(f"Calibration: {options.out}", highlight=False)
+    return 0
