@@ -84,8 +84,8 @@ mkvq_status mkvq_check_codec(const mkvq_codec *c, mkvq_error *error)
             MKVQ_E_VALUE, "key_group", c->key_group, "a multiple of 8 that divides block_length");
     REQUIRE(c->key_metadata == 0 || c->key_metadata == 1, MKVQ_E_VALUE, "key_metadata",
             c->key_metadata, "0 or 1");
-    REQUIRE(c->key_range == 0 || c->key_range == 1, MKVQ_E_VALUE, "key_range", c->key_range,
-            "0 or 1");
+    REQUIRE(c->key_range >= 0 && c->key_range <= MKVQ_RANGE_SEARCH_MSE, MKVQ_E_VALUE, "key_range",
+            c->key_range, "0, 1 or 2");
     REQUIRE(c->key_reference == 0 || c->key_reference == 1, MKVQ_E_VALUE, "key_reference",
             c->key_reference, "0 or 1");
     REQUIRE(c->value_bits == 0 || bits_allowed(c->value_bits), MKVQ_E_VALUE, "value_bits",
@@ -95,8 +95,8 @@ mkvq_status mkvq_check_codec(const mkvq_codec *c, mkvq_error *error)
                 MKVQ_E_VALUE, "value_group", c->value_group, "a multiple of 8 up to head_dim");
         REQUIRE(c->value_metadata == 0 || c->value_metadata == 1, MKVQ_E_VALUE, "value_metadata",
                 c->value_metadata, "0 or 1");
-        REQUIRE(c->value_range == 0 || c->value_range == 1, MKVQ_E_VALUE, "value_range",
-                c->value_range, "0 or 1");
+        REQUIRE(c->value_range >= 0 && c->value_range <= MKVQ_RANGE_SEARCH_MSE, MKVQ_E_VALUE,
+                "value_range", c->value_range, "0, 1 or 2");
         REQUIRE(c->value_rotation == 0 || c->value_rotation == 1, MKVQ_E_VALUE, "value_rotation",
                 c->value_rotation, "0 or 1");
     }

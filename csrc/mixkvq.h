@@ -87,7 +87,7 @@ typedef enum {
     MKVQ_TIERS
 } mkvq_tier;
 typedef enum { MKVQ_META_E5M3_INT8, MKVQ_META_FP16_FP16 } mkvq_metadata;
-typedef enum { MKVQ_RANGE_MINMAX, MKVQ_RANGE_SEARCH } mkvq_range;
+typedef enum { MKVQ_RANGE_MINMAX, MKVQ_RANGE_SEARCH, MKVQ_RANGE_SEARCH_MSE } mkvq_range;
 typedef enum {
     MKVQ_ALLOCATE_PATTERNS,
     MKVQ_ALLOCATE_THRESHOLD,

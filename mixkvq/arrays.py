@@ -39,7 +39,7 @@ def codec_numbers(codec: BlockCodec) -> tuple[list[int], list[float]]:
     thresholds : list of float
         High and low.
     """
-    metadata, ranges = ("e5m3", "fp16"), ("minmax", "search")
+    metadata, ranges = ("e5m3", "fp16"), ("minmax", "search", "search-mse")
     fields = [
         codec.head_dim,
         codec.block_length,

@@ -23,12 +23,12 @@ ALLOCATE = ("patterns", "threshold", "exact", "budget", "layer")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "allocate": ALLOCATE,
     "pattern_cost": ("model", "measured"),
-    "key_range": ("minmax", "search"),
+    "key_range": ("minmax", "search", "search-mse"),
     "key_metadata": ("e5m3", "fp16"),
     "key_reference": ("static", "none"),
     "salience": ("rms", "mean_abs", "none"),
     "value_bits": (1, 2, 3, 4, 8, 16),
-    "value_range": ("minmax", "search"),
+    "value_range": ("minmax", "search", "search-mse"),
     "value_metadata": ("e5m3", "fp16"),
     "value_basis": ("hadamard", "identity"),
 }
@@ -104,9 +104,9 @@ class MixKVQConfig:
         "layer"), 1 to 8, rounded down to whole u32 columns per token: ``floor(key_budget * head_dim / 32)``.
     thresholds : (float, float)
         (high, low): A_d above high stays exact, above low gets 4 bits, the others 2.
-    key_range, value_range : {"minmax", "search"}
-        Range of a group: its minimum and maximum, or the clip with the least error, in which
-        the part along the group counts more (docs/format.md section 4, step 4).
+    key_range, value_range : {"minmax", "search", "search-mse"}
+        Range of a group: its minimum and maximum; or the clip with the least error, in which the part of the error
+        along the group counts more (docs/format.md section 4, step 4); or the clip with the least squared error.
     key_group_size : int
         Tokens that share a key channel's scale and offset; a multiple of 32 that divides ``block_length``.
     key_metadata, value_metadata : {"e5m3", "fp16"}

@@ -66,12 +66,13 @@ static inline vf codes_of(vf x, const group_code *g)
     return vf_round(vf_min(vf_max(z, vf_set1(0.0f)), vf_set1((float)g->limit)));
 }
 
-/* What step 4 asks of the group itself: its mean and the energy around it. */
+/* What step 4 asks of the group itself, its mean and the energy around it, and of the rule. */
 typedef struct {
     float mean, energy;
+    float weight; /* of the error along the group, beyond its squared error */
 } group_moments;
 
-static inline group_moments find_moments(const float *x, int n)
+static inline group_moments find_moments(const float *x, int n, int rule)
 {
     vf sum = vf_set1(0.0f), squares = sum;
     for (int i = 0; i < n; i += 8)
@@ -81,11 +82,10 @@ static inline group_moments find_moments(const float *x, int n)
         const vf y = vf_sub(vf_load(x + i), vf_set1(mean));
         squares = vf_add(squares, vf_mul(y, y));
     }
-    return (group_moments){mean, vf_sum(squares)};
+    return (group_moments){mean, vf_sum(squares), rule == MKVQ_RANGE_SEARCH_MSE ? 0.0f : 15.0f};
 }
 
 /* Step 4: squared error, and more for its part along the group, which does not average out. */
-#define ALONG 15.0f
 static inline float weighted_error(const float *x, int n, const group_code *g, group_moments m)
 {
     vf squares = vf_set1(0.0f), along = squares;
@@ -96,7 +96,7 @@ static inline float weighted_error(const float *x, int n, const group_code *g, g
         along = vf_add(along, vf_mul(d, vf_sub(y, vf_set1(m.mean))));
     }
     const float a = vf_sum(along);
-    return vf_sum(squares) + ALONG * (m.energy > 0.0f ? a / m.energy * a : 0.0f);
+    return vf_sum(squares) + m.weight * (m.energy > 0.0f ? a / m.energy * a : 0.0f);
 }
 
 /* ---- search ---------------------------------------------------------------------------------- */
@@ -113,11 +113,11 @@ static inline const float *ratios_of(int bits)
 }
 
 /* The candidates one by one. */
-static int search_all(const float *x, int n, group_range r, int bits, int metadata,
+static int search_all(const float *x, int n, group_range r, int bits, int metadata, int rule,
                       group_code *best)
 {
     const float middle = (r.high + r.low) * 0.5f, half = (r.high - r.low) * 0.5f;
-    const group_moments moments = find_moments(x, n);
+    const group_moments moments = find_moments(x, n, rule);
     int found = 0, scale = -1, offset = 0; /* as the candidate before has them stored */
     for (int i = 0; i < 8 && (i == 0 || ratios_of(bits)[i] < ratios_of(bits)[i - 1]); i++) {
         const float ratio = ratios_of(bits)[i];
@@ -225,13 +225,13 @@ static vf exact_errors(const float *x, int n, const candidates *c, int bits, gro
 }
 
 /* Search with e5m3 metadata and at most four bits, two candidates at a time. */
-static int search_fast(const float *x, int n, group_range r, int bits, group_code *best)
+static int search_fast(const float *x, int n, group_range r, int bits, int rule, group_code *best)
 {
     candidates c;
     if (!fit_candidates(r, bits, &c))
-        return search_all(x, n, r, bits, MKVQ_META_E5M3_INT8, best);
+        return search_all(x, n, r, bits, MKVQ_META_E5M3_INT8, rule, best);
     const float limit = (float)((1 << bits) - 1);
-    const group_moments m = find_moments(x, n);
+    const group_moments m = find_moments(x, n, rule);
     const vf zero = vf_set1(0.0f);
     vf squares[8], along[8], edges[8], widest = zero;
     for (int i = 0; i < 8; i++)
@@ -254,7 +254,7 @@ static int search_fast(const float *x, int n, group_range r, int bits, group_cod
     vf errors = sums_of(squares);
     if (m.energy > 0.0f) {
         const vf sum = sums_of(along), share = vf_mul(vf_div(sum, vf_set1(m.energy)), sum);
-        errors = vf_add(errors, vf_mul(vf_set1(ALONG), share));
+        errors = vf_add(errors, vf_mul(vf_set1(m.weight), share));
     }
     if (!vf_all_below(widest, 0.5f - EDGE))
         errors = exact_errors(x, n, &c, bits, m, edges, errors);
@@ -268,17 +268,18 @@ static int search_fast(const float *x, int n, group_range r, int bits, group_cod
 static int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule,
                       int need_error, group_code *best)
 {
-    if (rule == MKVQ_RANGE_SEARCH && bits < 8)
+    const int search = rule != MKVQ_RANGE_MINMAX;
+    if (search && bits < 8)
         return MKVQ_WIDE && metadata == MKVQ_META_E5M3_INT8
-                   ? search_fast(x, n, r, bits, best)
-                   : search_all(x, n, r, bits, metadata, best);
+                   ? search_fast(x, n, r, bits, rule, best)
+                   : search_all(x, n, r, bits, metadata, rule, best);
     const float middle = (r.high + r.low) * 0.5f, half = (r.high - r.low) * 0.5f;
-    const float range = rule == MKVQ_RANGE_SEARCH ? 2.0f * half : r.high - r.low;
-    const float low = rule == MKVQ_RANGE_SEARCH ? middle - half : r.low;
+    const float range = search ? 2.0f * half : r.high - r.low;
+    const float low = search ? middle - half : r.low;
     if (!fit(range, low, bits, metadata, best))
         return 0;
     if (metadata == MKVQ_META_FP16_FP16 && r.high == r.low)
         best->limit = 0;
-    best->error = need_error ? weighted_error(x, n, best, find_moments(x, n)) : 0.0f;
+    best->error = need_error ? weighted_error(x, n, best, find_moments(x, n, rule)) : 0.0f;
     return 1;
 }

@@ -16,8 +16,8 @@ RATIOS: dict[int, tuple[float, ...]] = {
     4: (1, 0.94, 0.88, 0.8),
     8: (1,),
 }
-AVERAGED = F32(15)
-"""Weight of the error along the group, beyond its squared error."""
+WEIGHTS = {"minmax": F32(15), "search": F32(15), "search-mse": F32(0)}
+"""Weight of the error along the group, beyond its squared error, by range rule."""
 
 
 @dataclass
@@ -75,7 +75,9 @@ def _fp16_metadata(raw: Floats, lo: Floats) -> tuple[Array, Array, NDArray[np.bo
     return scale, offset, fits, np.zeros(fits.shape, bool)
 
 
-def _candidate(x: Floats, bits: int, metadata: str, span: Floats, lo: Floats, flat: NDArray[np.bool_]) -> Coded:
+def _candidate(
+    x: Floats, bits: int, metadata: str, span: Floats, lo: Floats, flat: NDArray[np.bool_], weight: np.float32
+) -> Coded:
     """One candidate range for every group; groups that it does not fit carry meaningless codes."""
     levels = F32(2**bits - 1)
     raw = np.asarray(span / levels, F32)
@@ -90,15 +92,15 @@ def _candidate(x: Floats, bits: int, metadata: str, span: Floats, lo: Floats, fl
     if metadata == "fp16":
         codes = np.where(flat, F32(0), codes)
     codes = np.where(fits, codes, F32(0))
-    error = _weighted_error(x, x - (codes * safe_scale + safe_offset))
+    error = _weighted_error(x, x - (codes * safe_scale + safe_offset), weight)
     return Coded(codes.astype(np.uint8), scale, offset, raw_scale, raw_offset, error, fits, raised)
 
 
-def _weighted_error(x: Floats, miss: Floats) -> Floats:
+def _weighted_error(x: Floats, miss: Floats, weight: np.float32) -> Floats:
     away = x - eight_sum(x) / F32(len(x))
     energy, along = eight_sum(away * away), eight_sum(miss * away)
     share = np.where(energy > 0, along / energy * along, F32(0))
-    return np.asarray(eight_sum(miss * miss) + AVERAGED * share, F32)
+    return np.asarray(eight_sum(miss * miss) + weight * share, F32)
 
 
 def _keep(best: Coded, new: Coded) -> None:
@@ -116,18 +118,19 @@ def code_groups(x: Floats, bits: int, range_rule: str, metadata: str) -> Coded:
     x : ndarray, float32, [n, ...]
         n is a multiple of 8.
     bits : {1, 2, 3, 4, 8}
-    range_rule : {"minmax", "search"}
+    range_rule : {"minmax", "search", "search-mse"}
     metadata : {"e5m3", "fp16"}
     """
+    weight = WEIGHTS[range_rule]
     with np.errstate(all="ignore"):
         high, low = x.max(axis=0), x.min(axis=0)
         flat = np.asarray(high == low)
         if range_rule == "minmax":
-            return _candidate(x, bits, metadata, np.asarray(high - low, F32), low, flat)
+            return _candidate(x, bits, metadata, np.asarray(high - low, F32), low, flat, weight)
         mid, half = (high + low) * F32(0.5), (high - low) * F32(0.5)
         best: Coded | None = None
         for ratio in map(F32, RATIOS[bits]):
-            new = _candidate(x, bits, metadata, (F32(2) * ratio) * half, mid - ratio * half, flat)
+            new = _candidate(x, bits, metadata, (F32(2) * ratio) * half, mid - ratio * half, flat, weight)
             if best is None:
                 best = new
             else:
