@@ -91,7 +91,8 @@ def test_lossless_scores_zero_and_default_does_not(model: Any) -> None:
     lossless = teacher_forced(model, ids, 260, DynamicCache(), MixKVQCache("lossless"), 0, 128, ignore)
     assert max(lossless.kl) < 1e-6 and all(lossless.agree)
     coded = teacher_forced(model, ids, 260, DynamicCache(), MixKVQCache("default"), 4, 128, ignore)
-    assert 1e-6 < coded.mean_kl() < 1
+    rough = teacher_forced(model, ids, 260, DynamicCache(), MixKVQCache("kivi-2", sink_length=4), 4, 128, ignore)
+    assert 1e-6 < coded.mean_kl() < rough.mean_kl()
     assert coded.trace[-1][2] < 0.6 * coded.trace[-1][1]
 
 
