@@ -51,16 +51,17 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(
-        study_name=name, storage=storage, load_if_exists=True, sampler=sampler, directions=["minimize", "minimize"]
+        study_name=name, storage=storage, load_if_exists=True, directions=["minimize", "minimize"]
     )
 
     def finished() -> list[Any]:
         return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.values is not None]
 
     emit("chunk", (len(finished()), trials))
-    while len(finished()) < trials:
+    while (done := len(finished())) < trials:
+        # a sampler of its own for every trial: a resumed study draws what one that never stopped would have drawn
+        study.sampler = optuna.samplers.TPESampler(seed=seed * 100003 + done)
         study.optimize(_objective(readings, config), n_trials=1)
         emit("chunk", (len(finished()), trials))
     return [Trial(_pair(t.params), *t.values) for t in finished()]
