@@ -140,6 +140,7 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
         f"thresholds ({high:.4f}, {low:.4f}): {found.code_bits:.4f} bits per key code, {measured.true_bits:.3f} true "
         f"bits, KL {measured.kl:.4f} nats on {count}",
         highlight=False,
+        soft_wrap=True,
     )
     summary = {
         "key_code_bits": found.code_bits,
@@ -148,7 +149,7 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
         "texts": count,
     }
     _write(options, readings.model, {"thresholds": [high, low]}, summary)
-    console.print(f"Calibration: {options.out}", highlight=False)
+    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -185,7 +186,11 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
     rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
     summary = {"true_bits": chosen.true_bits, "kl_nats": chosen.kl, "texts": count, "trials": len(trials), "rule": rule}
     _write(options, readings.model, {"thresholds": list(chosen.thresholds)}, summary)
-    console.print(f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}", highlight=False)
+    console.print(
+        f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -204,6 +209,7 @@ def _profile(options: CalibrateOptions, console: Console, readings: Any, held_ou
         f"{found.kl[0]:.4f} at {found.true_bits[0]:.3f}; ratio {found.ratio.value:.3f} "
         f"[{found.ratio.low:.3f}, {found.ratio.high:.3f}] on {count} that it was not made from",
         highlight=False,
+        soft_wrap=True,
     )
     if not found.ratio.high < 1:
         console.print("No gain beyond chance: nothing written.", style="bold", highlight=False)
@@ -216,5 +222,5 @@ def _profile(options: CalibrateOptions, console: Console, readings: Any, held_ou
         "made_by": f"mixkvq {__version__}",
     }
     write(options.out, replace(found.calibration, summary=summary).to_json())
-    console.print(f"Calibration: {options.out}", highlight=False)
+    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0
