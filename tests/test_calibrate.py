@@ -22,7 +22,7 @@ from models import tiny
 from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.calibrate.profile import Choice, allocate, hull, key_choices, make_profile, value_choices
 from mixkvq.calibrate.reading import Readings, calibration_windows
-from mixkvq.calibrate.study import Trial, pareto, pick, search
+from mixkvq.calibrate.study import Trial, cut_off, pareto, pick, search
 from mixkvq.calibrate.thresholds import code_bits, scale_thresholds
 from mixkvq.calibration import Calibration
 from mixkvq.cli import main
@@ -88,11 +88,21 @@ def test_a_study_goes_on_where_it_stopped(readings, tmp_path):
         assert 0.1 <= low <= high <= 2.0 and trial.kl > 0 and trial.true_bits > 3
 
 
+def test_a_wider_range_is_a_study_of_its_own(folder, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    for highest in ("2", "1000"):
+        assert run(folder, out, "--trials", "2", "--highest", highest) == 0
+        assert "Best of 2 pairs" in capsys.readouterr().out  # none of the other study
+    assert max(json.loads(out.read_text())["fields"]["thresholds"]) > 2
+
+
 def test_the_front_and_the_choice():
     trials = [Trial((1, 1), kl, bits) for kl, bits in ((0.5, 3.0), (0.2, 3.5), (0.3, 3.6), (0.1, 5.0))]
     front = pareto(trials)
     assert [t.true_bits for t in front] == [3.0, 3.5, 5.0]
     assert pick(front, 3.6).kl == 0.2 and pick(front, None).kl == 0.1
+    for highest, cut in ((1, True), (1.1, True), (1.2, False)):
+        assert cut_off(front, highest) is cut
     with pytest.raises(UserError, match=r"--max-bits is 2.*3\.00"):
         pick(front, 2)
 
@@ -225,6 +235,8 @@ def test_the_search_command(folder, tmp_path, capsys):
         ({"preset": "default", "target_bits": 3.0}, "for thresholds"),
         ({"target_bits": 1.0}, "--target-bits is 1"),
         ({"trials": 0}, "--trials is 0"),
+        ({"highest": 0.1}, r"--highest is 0\.1"),
+        ({"highest": float("nan")}, "--highest is nan"),
         ({"sink": -1}, "--sink is -1"),
     ],
 )
