@@ -102,7 +102,7 @@ def test_the_front_and_the_choice():
     assert [t.true_bits for t in front] == [3.0, 3.5, 5.0]
     assert pick(front, 3.6).kl == 0.2 and pick(front, None).kl == 0.1
     for highest, cut in ((1, True), (1.1, True), (1.2, False)):
-        assert cut_off(front, highest) is cut
+        assert cut_off(front[0], highest) is cut
     with pytest.raises(UserError, match=r"--max-bits is 2.*3\.00"):
         pick(front, 2)
 

@@ -100,9 +100,9 @@ def pareto(trials: list[Trial]) -> list[Trial]:
     return front
 
 
-def cut_off(front: list[Trial], highest: float) -> bool:
-    """Whether the fewest bits were found in the last tenth of the range, so that larger thresholds may need fewer."""
-    return max(front[0].thresholds) > 0.9 * highest
+def cut_off(chosen: Trial, highest: float) -> bool:
+    """Whether a pair lies in the last tenth of the range, so that larger thresholds may be better."""
+    return max(chosen.thresholds) > 0.9 * highest
 
 
 def pick(front: list[Trial], max_bits: float | None) -> Trial:

@@ -184,8 +184,10 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
         high, low = trial.thresholds
         table.add_row(f"{high:.3f}", f"{low:.3f}", f"{trial.true_bits:.3f}", f"{trial.kl:.4f}", mark)
     console.print(table)
-    if cut_off(front, options.highest):
-        console.print(f"The fewest bits lie at the end of the range: --highest above {options.highest:g} goes on.")
+    if cut_off(chosen, options.highest):
+        console.print(
+            f"The chosen pair is at the end of the range; --highest above {options.highest:g} tries larger ones."
+        )
     figure = options.out.with_suffix(".png")
     pareto_figure(figure, trials, front, chosen, f"{options.model}: thresholds of `paper`, {len(trials)} trials")
     rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
