@@ -46,8 +46,9 @@ class MixKVQCache(LinearStates, DynamicCache):
     TypeError
         For a wrong type or an unknown field, naming the fix.
     ValueError
-        For an unknown preset, a field outside its allowed set, or a calibration that is none or is for another model
-        (told at once with ``config``, else in the first attention call; the cache is empty then).
+        For an unknown preset, a field outside its allowed set, or a calibration that is none or is for another preset
+        or model. The model is checked at once with ``config``, else in the first attention call; if that cannot be
+        seen, the second `update` asks for ``config``. The cache is empty then.
 
     Examples
     --------
@@ -70,6 +71,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         self._layer_configs: dict[int, MixKVQConfig] = {}
         if self.calibration is not None:
             base = self.mixkvq_config
+            self._base_name = preset if isinstance(preset, str) else base.name
+            self.calibration.check_preset(self._base_name)
             self.mixkvq_config = self.calibration.config(base, overrides)
             self._layer_configs = self.calibration.layer_configs(base, overrides)
         if precision not in ("default", "exact"):
@@ -129,6 +132,8 @@ class MixKVQCache(LinearStates, DynamicCache):
             raise TypeError(f"layer_idx is {layer_idx!r}, must be an int") from None
         if index < 0:
             raise IndexError(f"layer_idx is {index}, must be 0 or more")
+        if self._last >= 0 and not self._learned:
+            self._check_model(None)  # the attention of the first layer was not seen
         if self._last not in (index, -1) and self._last < len(self.layers):
             previous = self.layers[self._last]  # its attention has run by now
             if isinstance(previous, MixKVQLayer) and previous.waiting:
@@ -175,8 +180,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         """The layer that an attention call belongs to; the first call tells the layout (see `hook`)."""
         if not self._learned:
             config = getattr(module, "config", None)
+            self._check_model(config)
             if config is not None:
-                self._check_model(config)
                 self._lay_out(config)
             self._learned = True
         return self.layers[index]
@@ -186,8 +191,13 @@ class MixKVQCache(LinearStates, DynamicCache):
         if self.calibration is None:
             return
         try:
+            if config is None:
+                raise ValueError(
+                    "calibration cannot be checked: the model's attention does not tell its configuration; pass "
+                    "MixKVQCache(..., config=model.config)"
+                )
             self.calibration.check_model(config)
-        except ValueError:
+        except (TypeError, ValueError):
             self._model_config = None
             self.reset()
             raise
@@ -275,7 +285,7 @@ class MixKVQCache(LinearStates, DynamicCache):
                 layers.append(_foreign_report(index, layer, held))
             tensors += held
         nbytes = held_bytes(tensors)
-        name = self.mixkvq_config.name if self.calibration is None else f"{self.calibration.preset} (calibrated)"
+        name = self.mixkvq_config.name if self.calibration is None else f"{self._base_name} (calibrated)"
         return Report(name, layers, nbytes, max(nbytes, self.ledger.peak))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from .fingerprint import fingerprint
 VERSION = 1
 MAX_BYTES = 1 << 20
 _SCHEDULE = ("sink_length", "residual_length", "block_length")
+_INDEX = re.compile("0|[1-9][0-9]{0,5}")
 _NAMES = frozenset(f.name for f in dataclasses.fields(MixKVQConfig))
 
 
@@ -64,6 +66,20 @@ class Calibration:
             base.replace(**fields)
 
     # ---- what it means ---------------------------------------------------------------------------------------------
+    def check_preset(self, name: str) -> None:
+        """Refuse another preset than the one it was made for; "custom" configurations are taken as they are.
+
+        Raises
+        ------
+        ValueError
+            Naming both.
+        """
+        if name not in (self.preset, "custom"):
+            raise ValueError(
+                f"calibration is for the preset {self.preset!r}, not for {name!r}: pass "
+                f"MixKVQCache({self.preset!r}, calibration=...)"
+            )
+
     def config(self, preset: MixKVQConfig, overrides: Mapping[str, Any] | None = None) -> MixKVQConfig:
         """A preset's configuration with the fields of the calibration; ``overrides`` win over both."""
         return preset.replace(**{**self.fields, **(overrides or {})})
@@ -84,9 +100,13 @@ class Calibration:
 
         Raises
         ------
+        TypeError
+            If ``config`` is not the configuration of a model.
         ValueError
             Naming both fingerprints.
         """
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config is {config!r}, must be a model's configuration, such as model.config")
         found = fingerprint(config)
         if found != self.fingerprint:
             raise ValueError(
@@ -113,10 +133,10 @@ class Calibration:
         ValueError, TypeError
             For another version, or what is no calibration.
         """
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         if not isinstance(data, dict):
             raise ValueError(f"a calibration in JSON is an object, not {text[:40]!r}")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise ValueError(f"version is {data.get('version')!r}, must be {VERSION}")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown, missing = set(data) - known - {"version"}, known - set(data)
@@ -125,8 +145,11 @@ class Calibration:
                 f"unknown entries {sorted(unknown)}, missing entries {sorted(missing)}; known: {sorted(known)}"
             )
         layers = data["layers"]
-        if not isinstance(layers, dict) or not all(key.isdecimal() for key in layers):
-            raise ValueError("layers must be an object with layer indices as keys")
+        if not isinstance(layers, dict):
+            raise TypeError(f"layers is {layers!r}, must be an object")
+        for key in layers:
+            if not _INDEX.fullmatch(key):
+                raise ValueError(f"layers has the index {key!r}, must be whole numbers from 0")
         if not isinstance(data["summary"], dict):
             raise TypeError(f"summary is {data['summary']!r}, must be an object")
         return cls(
@@ -179,6 +202,19 @@ def _check_fields(where: str, fields: Any) -> None:
     for name in fields:
         if name not in _NAMES:
             raise ValueError(f"{where} has the unknown field {name!r}; known: {', '.join(sorted(_NAMES))}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the same name twice would leave open which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _frozen(value: Any) -> Any:

@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from .policy.patterns import TIER_BITS, scale_menu
@@ -213,7 +214,10 @@ class MixKVQConfig:
     @staticmethod
     def _thresholds(pair: Any) -> tuple[float, float]:
         try:
-            high, low = (float(x) for x in pair)
+            high, low = pair
+            if not all(isinstance(x, Real) and not isinstance(x, bool) for x in (high, low)):
+                raise TypeError
+            high, low = float(high), float(low)
         except (TypeError, ValueError):
             raise TypeError(f"thresholds is {pair!r}, must be a pair of numbers (high, low)") from None
         if not (0 <= low <= high < float("inf")):

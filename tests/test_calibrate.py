@@ -22,7 +22,7 @@ from models import tiny
 from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.calibrate.profile import Choice, allocate, hull, key_choices, make_profile, value_choices
 from mixkvq.calibrate.reading import Readings, calibration_windows
-from mixkvq.calibrate.study import Trial, pareto, pick, search
+from mixkvq.calibrate.study import Trial, cut_off, pareto, pick, search
 from mixkvq.calibrate.thresholds import code_bits, scale_thresholds
 from mixkvq.calibration import Calibration
 from mixkvq.cli import main
@@ -81,9 +81,19 @@ def test_a_study_goes_on_where_it_stopped(readings, tmp_path):
     first = search(readings, PAPER, 2, 0, tmp_path / "s.log", "study", quiet)
     more = search(readings, PAPER, 3, 0, tmp_path / "s.log", "study", lambda event, value: told.append(value))
     assert len(first) == 2 and more[:2] == first and told == [(2, 3), (3, 3)]
+    assert len({trial.thresholds for trial in more}) == 3
+    assert more == search(readings, PAPER, 3, 0, tmp_path / "whole.log", "study", quiet)
     for trial in more:
         high, low = trial.thresholds
         assert 0.1 <= low <= high <= 2.0 and trial.kl > 0 and trial.true_bits > 3
+
+
+def test_a_wider_range_is_a_study_of_its_own(folder, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    for highest in ("2", "1000"):
+        assert run(folder, out, "--trials", "2", "--highest", highest) == 0
+        assert "Best of 2 pairs" in capsys.readouterr().out  # none of the other study
+    assert max(json.loads(out.read_text())["fields"]["thresholds"]) > 2
 
 
 def test_the_front_and_the_choice():
@@ -91,6 +101,8 @@ def test_the_front_and_the_choice():
     front = pareto(trials)
     assert [t.true_bits for t in front] == [3.0, 3.5, 5.0]
     assert pick(front, 3.6).kl == 0.2 and pick(front, None).kl == 0.1
+    for highest, cut in ((1, True), (1.1, True), (1.2, False)):
+        assert cut_off(front[0], highest) is cut
     with pytest.raises(UserError, match=r"--max-bits is 2.*3\.00"):
         pick(front, 2)
 
@@ -164,14 +176,31 @@ def test_calibration_reads_other_positions_than_eval(folder):
 
     tokenizer, path = AutoTokenizer.from_pretrained(folder), str(folder / "text.txt")
     ids = tokenizer((folder / "text.txt").read_text())["input_ids"]
-    where = {}
-    for name, found in (
-        ("eval", windows(tokenizer, path, 2, 600)),
-        ("calibrate", calibration_windows(tokenizer, path, 2, 600)),
-    ):
-        begins = [next(i for i in range(len(ids)) if tuple(ids[i : i + 600]) == w.ids) for w in found]
-        where[name] = {i for begin in begins for i in range(begin, begin + 600)}
-    assert len(where["eval"]) == len(where["calibrate"]) == 1200 and not where["eval"] & where["calibrate"]
+
+    def places(found):
+        begins = [next(i for i in range(len(ids)) if tuple(ids[i : i + 200]) == w.ids) for w in found]
+        return {i for begin in begins for i in range(begin, begin + 200)}
+
+    for ours, theirs in itertools.product((1, 2, 4), (1, 2, 3, 4, 6)):  # n (m + 1) 200 tokens, of 6000
+        calibrate = places(calibration_windows(tokenizer, path, ours, 200))
+        assert len(calibrate) == 200 * ours and not calibrate & places(windows(tokenizer, path, theirs, 200))
+
+
+def test_calibration_reads_other_problems_than_eval(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer, path = AutoTokenizer.from_pretrained(folder), tmp_path / "p.jsonl"
+    rows = [{"question": " ".join([WORDS[i % 16], WORDS[i // 16]] * 5), "answer": f"x #### {i}"} for i in range(200)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    pairs = []
+    for found in (calibration_windows(tokenizer, str(path), 2, 300), windows(tokenizer, str(path), 2, 300)):
+        text = " ".join(tokenizer.decode(w.ids) for w in found)
+        pairs.append({tuple(part.split()[:2]) for part in text.split("user ")[1:] if len(part.split()) > 1})
+    assert len(pairs[0]) > 20 and len(pairs[1]) > 20 and not pairs[0] & pairs[1]
+    with pytest.raises(UserError, match="too few problems for 40 windows"):
+        calibration_windows(tokenizer, str(path), 40, 300)
+    made = [windows(tokenizer, "maths", 1, 300)[0].ids, calibration_windows(tokenizer, "maths", 1, 300)[0].ids]
+    assert made[0] != made[1]
 
 
 def run(folder, out, *more):
@@ -206,9 +235,33 @@ def test_the_search_command(folder, tmp_path, capsys):
         ({"preset": "default", "target_bits": 3.0}, "for thresholds"),
         ({"target_bits": 1.0}, "--target-bits is 1"),
         ({"trials": 0}, "--trials is 0"),
+        ({"highest": 0.1}, r"--highest is 0\.1"),
+        ({"highest": float("nan")}, "--highest is nan"),
         ({"sink": -1}, "--sink is -1"),
     ],
 )
 def test_wrong_options(fields, match):
     with pytest.raises(UserError, match=match):
         CalibrateOptions(model="m", **fields)
+
+
+# ---- a real model --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_smollm2_reaches_its_bits_on_other_text(tmp_path, capsys):
+    """Thresholds scaled on prose give nearly the same bits on code, where the published pair gives far more."""
+    from mixkvq.eval.models import SMOLLM2, load, require_smollm2
+    from mixkvq.eval.replay import Prefill
+
+    try:
+        require_smollm2()
+    except UserError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "c.json"
+    command = ["calibrate", "--target-bits", "2.6", "--domains", "prose", "--context", "900", "--prefill", "800"]
+    assert main([*command, "--threads", "1", "--out", str(out)]) == 0
+    made = Calibration.load(out)
+    assert 2.59 < made.summary["key_code_bits"] <= 2.6 and 0 < made.summary["kl_nats"] < 0.2
+    model, tokenizer = load(SMOLLM2, "float32")
+    code = Prefill.record(model, torch.tensor([windows(tokenizer, "code", 1, 800)[0].ids]))
+    scaled = code_bits(model, [code], PAPER.replace(thresholds=made.fields["thresholds"]))
+    assert 2.3 < scaled < 2.9 and code_bits(model, [code], PAPER) > scaled + 1

@@ -84,6 +84,66 @@ def test_another_model_is_refused_in_the_first_attention_call_and_leaves_the_cac
     assert filled(cache).get_seq_length() == 100
 
 
+def test_another_preset_is_refused_and_a_configuration_of_ones_own_is_not():
+    with pytest.raises(ValueError, match=r"for the preset 'default', not for 'compact'.*MixKVQCache\('default'"):
+        MixKVQCache("compact", calibration=made())
+    with pytest.raises(ValueError, match="not for 'compact'"):
+        MixKVQCache(MixKVQConfig.preset("compact"), calibration=made())
+    cache = MixKVQCache(MixKVQConfig.preset("compact", value_bits=8), calibration=made())
+    assert (cache.mixkvq_config.value_bits, cache.report().preset) == (4, "custom (calibrated)")
+
+
+def test_a_model_whose_attention_is_not_seen_must_tell_its_configuration():
+    """Keys that never come back to the hook: nobody can say which model it is."""
+    states = torch.zeros(1, 2, 3, 16)
+    for layer in (0, 1):
+        cache = MixKVQCache("default", calibration=made())
+        cache.update(states, states, 0)
+        with pytest.raises(ValueError, match=r"config=model\.config"):
+            cache.update(states, states, layer)
+        assert cache.layers == [] and cache.report().nbytes == 0
+    cache = MixKVQCache("default", calibration=made(), config=MODEL.config)
+    for layer in (0, 1):
+        cache.update(states, states, layer)
+    assert cache.get_seq_length() == 3
+
+
+def test_attention_without_a_readable_configuration_is_refused():
+    for config, error in ((None, ValueError), (object(), TypeError)):
+        module = torch.nn.Module()
+        if config is not None:
+            module.config = config
+        cache = MixKVQCache("default", calibration=made())
+        cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
+        with pytest.raises(error, match="config"):
+            cache.layer_of_call(0, module)
+        assert cache.layers == []
+    with pytest.raises(TypeError, match="config is"):
+        MixKVQCache("default", calibration=made(), config=object())
+
+
+@pytest.mark.parametrize("options", [{"fields": {"value_bits": 8}}, {"layers": {1: {"value_bits": 2}}}])
+def test_schemes_with_a_file(tmp_path, options):
+    """What is measured is found again only for the same contents, and a scheme's own fields win."""
+    from mixkvq.errors import UserError
+    from mixkvq.eval.schemes import parse_scheme
+
+    path = tmp_path / "c.json"
+    path.write_text(made(**options).to_json())
+    scheme, own = parse_scheme(f"default@{path}"), parse_scheme(f"default@{path}:value_bits=3", {"sink_length": 0})
+    path.write_text(made().to_json())
+    assert len({scheme.details, own.details, parse_scheme(f"default@{path}").details}) == 3
+    cache = scheme.cache(MODEL)  # of the file as it was when the scheme was read
+    assert (cache.mixkvq_config, cache._config_of(1)) != (MixKVQConfig.preset("default"), cache._config_of(0))
+    assert scheme.config == cache.mixkvq_config and cache.calibration == made(**options)
+    mine = own.cache(MODEL)
+    assert [mine._config_of(i).value_bits for i in (0, 1)] == [3, 3] and own.config == mine.mixkvq_config
+    assert mine.mixkvq_config.sink_length == 0
+    for name in (f"compact@{path}", f"default@{tmp_path / 'none.json'}"):
+        with pytest.raises(UserError, match="scheme"):
+            parse_scheme(name)
+
+
 def test_a_layer_beyond_the_model_is_refused():
     with pytest.raises(ValueError, match=r"layer 7.*2 layers"):
         MixKVQCache("default", calibration=made(layers={7: {"value_bits": 2}}), config=MODEL.config)
@@ -123,6 +183,14 @@ def data(**changes):
         (data(extra=1), "extra"),
         (data(layers=[1]), "layers"),
         (data(layers={"one": {}}), "layers"),
+        (data(layers={"01": {}}), "layers has the index '01'"),
+        (data(layers={"\u0663": {}}), "layers has the index"),
+        (data(version=True), "version is True"),
+        (data(fields={"thresholds": [True, False]}), "thresholds is"),
+        (data(fields={"thresholds": ["2.0", "1.0"]}), "thresholds is"),
+        (data(fields={"thresholds": "21"}), "thresholds is '21'"),
+        (data(summary={"kl": float("nan")}), "NaN"),
+        (data().replace('"layers": {', '"layers": {"1": {}, "1": {}', 1), "'1' is given twice"),
         (data(summary=3), "summary is 3"),
         (data(fields={"thresholds": [1]}), "thresholds"),
         (" " * (MAX_BYTES + 1), "larger"),

@@ -17,17 +17,14 @@ from ..eval.stats import stretches
 from ..eval.texts import Window, windows
 
 Doubles = NDArray[np.float64]
-SHIFT = 2
-"""Calibration windows lie between those that `mixkvq eval` reads; see `calibration_windows`."""
 
 
 def calibration_windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window]:
-    """``count`` windows that share no position with the ``count`` windows `mixkvq eval` takes from a domain.
+    """The last ``count`` windows of a domain: `mixkvq eval` reads from its beginning on (`mixkvq.eval.texts.windows`).
 
-    The domain is cut into twice as many parts, of which every second one is used: with up to ``count`` windows, and
-    windows no longer than a part, what calibration reads and what the harness reads by default is disjoint.
+    Of the built-in prose (more than 100,000 tokens) two windows of 2048 tokens here share no token with up to 17 there.
     """
-    return windows(tokenizer, domain, SHIFT * count, length)[1::SHIFT]
+    return windows(tokenizer, domain, count, length, last=True)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Thresholds of `paper` by search: optuna's TPE, both in [0.1, 2.0], least KL and least true bits."""
+"""Thresholds of `paper` by search: optuna's TPE, both in the published [0.1, 2.0], least KL and least true bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ class Trial:
 
 
 def search(
-    readings: Readings, config: MixKVQConfig, trials: int, seed: int, journal: Path, name: str, emit: Emit
+    readings: Readings,
+    config: MixKVQConfig,
+    trials: int,
+    seed: int,
+    journal: Path,
+    name: str,
+    emit: Emit,
+    highest: float = HIGH,
 ) -> list[Trial]:
     """All trials of a study, resumed from its journal until there are ``trials`` of them.
 
@@ -44,6 +51,8 @@ def search(
         Of the study in the file: what was measured on what.
     emit : callable
         Told of ("chunk", (done, trials)).
+    highest : float
+        Upper end of the range, above 0.1.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -51,17 +60,18 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(
-        study_name=name, storage=storage, load_if_exists=True, sampler=sampler, directions=["minimize", "minimize"]
+        study_name=name, storage=storage, load_if_exists=True, directions=["minimize", "minimize"]
     )
 
     def finished() -> list[Any]:
         return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.values is not None]
 
     emit("chunk", (len(finished()), trials))
-    while len(finished()) < trials:
-        study.optimize(_objective(readings, config), n_trials=1)
+    while (done := len(finished())) < trials:
+        # a sampler of its own for every trial: a resumed study draws what one that never stopped would have drawn
+        study.sampler = optuna.samplers.TPESampler(seed=seed * 100003 + done)
+        study.optimize(_objective(readings, config, highest), n_trials=1)
         emit("chunk", (len(finished()), trials))
     return [Trial(_pair(t.params), *t.values) for t in finished()]
 
@@ -71,9 +81,9 @@ def _pair(params: dict[str, float]) -> tuple[float, float]:
     return max(params.values()), min(params.values())
 
 
-def _objective(readings: Readings, config: MixKVQConfig) -> Callable[[Any], tuple[float, float]]:
+def _objective(readings: Readings, config: MixKVQConfig, highest: float) -> Callable[[Any], tuple[float, float]]:
     def measure(trial: Any) -> tuple[float, float]:
-        pair = _pair({name: trial.suggest_float(name, LOW, HIGH) for name in ("first", "second")})
+        pair = _pair({name: trial.suggest_float(name, LOW, highest) for name in ("first", "second")})
         pairs = config.replace(thresholds=pair)
         found = readings.measure(lambda: MixKVQCache(pairs, config=readings.model.config))
         return found.kl, found.true_bits
@@ -88,6 +98,11 @@ def pareto(trials: list[Trial]) -> list[Trial]:
         if not front or trial.kl < front[-1].kl:
             front.append(trial)
     return front
+
+
+def cut_off(chosen: Trial, highest: float) -> bool:
+    """Whether a pair lies in the last tenth of the range, so that larger thresholds may be better."""
+    return max(chosen.thresholds) > 0.9 * highest
 
 
 def pick(front: list[Trial], max_bits: float | None) -> Trial:

@@ -85,6 +85,9 @@ def _calibrate(
         float | None, typer.Option(help="paper: take the trial with the least KL within this many true bits.")
     ] = None,
     trials: Annotated[int, typer.Option(help="paper: pairs of thresholds to try, earlier ones counted.")] = 30,
+    highest: Annotated[
+        float, typer.Option(help="paper: largest threshold to try; the published range ends at 2.")
+    ] = 2.0,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     domains: Annotated[
         str, typer.Option(help="prose, code, maths, or paths of text or .jsonl files; separated by commas.")
@@ -106,6 +109,7 @@ def _calibrate(
         target_bits=target_bits,
         max_bits=max_bits,
         trials=trials,
+        highest=highest,
         seed=seed,
         domains=domains,
         windows=windows,

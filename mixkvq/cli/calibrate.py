@@ -26,6 +26,7 @@ class CalibrateOptions:
     target_bits: float | None = None
     max_bits: float | None = None
     trials: int = 30
+    highest: float = 2.0
     seed: int = 0
     domains: str = "prose,code,maths"
     windows: int = 1
@@ -49,6 +50,8 @@ class CalibrateOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name} is {value}, must be at least {low}")
+        if not 0.1 < self.highest <= 1e4:
+            raise UserError(f"--highest is {self.highest}, must be above 0.1 and at most 10000")
         if self.target_bits is not None and not 2 <= self.target_bits < 16:
             raise UserError(f"--target-bits is {self.target_bits}, must be from 2 to below 16 bits per key code")
 
@@ -140,6 +143,7 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
         f"thresholds ({high:.4f}, {low:.4f}): {found.code_bits:.4f} bits per key code, {measured.true_bits:.3f} true "
         f"bits, KL {measured.kl:.4f} nats on {count}",
         highlight=False,
+        soft_wrap=True,
     )
     summary = {
         "key_code_bits": found.code_bits,
@@ -148,7 +152,7 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
         "texts": count,
     }
     _write(options, readings.model, {"thresholds": [high, low]}, summary)
-    console.print(f"Calibration: {options.out}", highlight=False)
+    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -156,18 +160,18 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
     import hashlib
 
     from ..calibrate.plots import pareto_figure
-    from ..calibrate.study import pareto, pick, search
+    from ..calibrate.study import cut_off, pareto, pick, search
     from ..fingerprint import fingerprint
 
     config = MixKVQConfig.preset("paper", **options.fields)
     what = [fingerprint(readings.model.config), config.to_json(), str(readings.protocol)]
-    what += [text.digest for text in readings.texts]
+    what += [text.digest for text in readings.texts] + [repr(options.highest)]
     name = f"paper-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
     journal = options.out.with_suffix(".study.log")
     journal.parent.mkdir(parents=True, exist_ok=True)
     display = Display(console, {"chunk": "trials"})
     try:
-        trials = search(readings, config, options.trials, options.seed, journal, name, display.show)
+        trials = search(readings, config, options.trials, options.seed, journal, name, display.show, options.highest)
     finally:
         display.close()
     front = pareto(trials)
@@ -180,12 +184,20 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
         high, low = trial.thresholds
         table.add_row(f"{high:.3f}", f"{low:.3f}", f"{trial.true_bits:.3f}", f"{trial.kl:.4f}", mark)
     console.print(table)
+    if cut_off(chosen, options.highest):
+        console.print(
+            f"The chosen pair is at the end of the range; --highest above {options.highest:g} tries larger ones."
+        )
     figure = options.out.with_suffix(".png")
     pareto_figure(figure, trials, front, chosen, f"{options.model}: thresholds of `paper`, {len(trials)} trials")
     rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
     summary = {"true_bits": chosen.true_bits, "kl_nats": chosen.kl, "texts": count, "trials": len(trials), "rule": rule}
     _write(options, readings.model, {"thresholds": list(chosen.thresholds)}, summary)
-    console.print(f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}", highlight=False)
+    console.print(
+        f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -204,6 +216,7 @@ def _profile(options: CalibrateOptions, console: Console, readings: Any, held_ou
         f"{found.kl[0]:.4f} at {found.true_bits[0]:.3f}; ratio {found.ratio.value:.3f} "
         f"[{found.ratio.low:.3f}, {found.ratio.high:.3f}] on {count} that it was not made from",
         highlight=False,
+        soft_wrap=True,
     )
     if not found.ratio.high < 1:
         console.print("No gain beyond chance: nothing written.", style="bold", highlight=False)
@@ -216,5 +229,5 @@ def _profile(options: CalibrateOptions, console: Console, readings: Any, held_ou
         "made_by": f"mixkvq {__version__}",
     }
     write(options.out, replace(found.calibration, summary=summary).to_json())
-    console.print(f"Calibration: {options.out}", highlight=False)
+    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0

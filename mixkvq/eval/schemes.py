@@ -3,7 +3,7 @@
 ======================  ================================================================================================
 ``exact``               transformers' `DynamicCache`
 ``PRESET``              a preset (`mixkvq.list_presets`), packed for real
-``PRESET@FILE``         with the calibration in a file
+``PRESET@FILE``         with the calibration in a file; fields behind colons, and common ones, win over it
 ``simulated/PRESET``    the same on the NumPy reference, its decoded values handed to the model
 a rival                 another method, see `mixkvq.eval.rivals`; all but ``error-only`` are simulated
 ``hqq-B``, ``quanto-B``  transformers' `QuantizedCache` with B bits, where the package is installed
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..calibration import Calibration
 from ..config import MixKVQConfig, list_presets
 from ..errors import UserError
 from . import rivals
@@ -95,7 +96,7 @@ def parse_scheme(text: str, common: Mapping[str, Any] | None = None) -> Scheme:
     own = _fields(parts, text)
     try:
         return _scheme(text, name, own, {**(common or {}), **own})
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"scheme {text!r}: {error}") from error
 
 
@@ -112,7 +113,7 @@ def _scheme(text: str, name: str, own: dict[str, Any], fields: dict[str, Any]) -
         return Scheme(text, "simulated", config, f"reference {config.to_json()}", _simulated(simulator))
     if name in rivals.PACKED:
         preset, changes = rivals.PACKED[name]
-        return _packed(text, MixKVQConfig.preset(preset, **{**changes, **fields}))
+        return _packed(text, preset, {**changes, **fields})
     if name in rivals.SIMULATED:
         rival = rivals.SIMULATED[name](fields)
         return Scheme(text, "simulated", rival.config, f"{name} {rival.config.to_json()}", _simulated(rival))
@@ -123,21 +124,21 @@ def _scheme(text: str, name: str, own: dict[str, Any], fields: dict[str, Any]) -
     if preset not in list_presets():
         known = [EXACT, *list_presets(), *rivals.PACKED, *rivals.SIMULATED, "hqq-4", "quanto-4", f"{_SIMULATED}PRESET"]
         raise ValueError(f"unknown; known: {', '.join(known)}")
-    return _packed(text, MixKVQConfig.preset(preset, **fields), file if at else None)
+    return _packed(text, preset, fields, Calibration.load(file) if at else None)
 
 
-def _packed(text: str, config: MixKVQConfig, calibration: str | None = None) -> Scheme:
+def _packed(text: str, preset: str, fields: dict[str, Any], calibration: Calibration | None = None) -> Scheme:
+    config = MixKVQConfig.preset(preset, **fields)
     details = f"packed {config.to_json()}"
     if calibration is not None:
-        from ..calibration import Calibration
-
-        details = f"{details} {Calibration.load(calibration).to_json()}"
+        calibration.check_preset(preset)
+        config = calibration.config(config, fields)
+        details = f"packed {config.to_json()} {calibration.to_json()} {json.dumps(fields, sort_keys=True)}"
 
     def build(model: Any) -> Any:
         from ..cache import MixKVQCache
 
-        options = {} if calibration is None else {"calibration": calibration}
-        return MixKVQCache(config, config=model.config, **options)
+        return MixKVQCache(preset, config=model.config, calibration=calibration, **fields)
 
     return Scheme(text, "packed", config, details, build)
 

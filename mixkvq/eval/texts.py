@@ -77,8 +77,26 @@ def _chats(tokenizer: Any, problems: list[Problem], domain: str, count: int, len
     return windows
 
 
-def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window]:
-    """``count`` stretches of ``length`` tokens, spread evenly over a domain.
+def _last_chats(tokenizer: Any, problems: list[Problem], domain: str, count: int, length: int) -> list[Window]:
+    """Conversations of the last problems, backwards; none is in two windows."""
+    windows, left = list[Window](), problems[::-1]
+    for index in range(count):
+        used, ids = 0, list[int]()
+        while len(ids) < length:
+            if used == len(left):
+                raise UserError(f"{domain} has too few problems for {count} windows of {length} tokens")
+            used += 1
+            ids = chat(tokenizer, left[:used])
+        windows.append(Window(domain, index, tuple(ids[:length])))
+        left = left[used:]
+    return windows
+
+
+def windows(tokenizer: Any, domain: str, count: int, length: int, *, last: bool = False) -> list[Window]:
+    """``count`` stretches of ``length`` tokens, spread evenly over a domain, or its last ones.
+
+    The spread ones begin at multiples of a ``count``-th of the domain, so that n of them share no token with the last m
+    while the domain has n * (m + 1) * length tokens.
 
     Parameters
     ----------
@@ -86,6 +104,8 @@ def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window
     domain : str
         One of `DOMAINS`, or the path of a text or ``.jsonl`` file.
     count, length : int
+    last : bool
+        The last tokens or problems of the domain; of ``maths``, which has no end, problems of another seed.
 
     Raises
     ------
@@ -94,9 +114,9 @@ def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window
     """
     if domain == "maths":
         # about 100 tokens a problem; some more, since tokenizers differ
-        return _chats(tokenizer, made_problems(count * max(8, length // 40)), domain, count, length)
+        return _chats(tokenizer, made_problems(count * max(8, length // 40), int(last)), domain, count, length)
     if domain.endswith(".jsonl"):
-        return _chats(tokenizer, read_problems(Path(domain)), domain, count, length)
+        return (_last_chats if last else _chats)(tokenizer, read_problems(Path(domain)), domain, count, length)
     if domain == "prose":
         text = prose()
     elif domain == "code":
@@ -110,8 +130,9 @@ def windows(tokenizer: Any, domain: str, count: int, length: int) -> list[Window
     body = length - len(begin)
     if len(ids) < count * body:
         raise UserError(f"{domain} has {len(ids)} tokens, must have {count * body} for {count} windows")
-    step = len(ids) // count
-    return [Window(domain, i, (*begin, *ids[i * step : i * step + body])) for i in range(count)]
+    first, step = (len(ids) - count * body, body) if last else (0, len(ids) // count)
+    parts = [ids[first + i * step : first + i * step + body] for i in range(count)]
+    return [Window(domain, i, (*begin, *part)) for i, part in enumerate(parts)]
 
 
 def _adds_bos(tokenizer: Any) -> bool:
