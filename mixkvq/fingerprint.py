@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 _FIELDS = (
     "model_type",
@@ -44,9 +47,37 @@ def fingerprint(config: Any) -> str:
 
 
 def identity(model: Any) -> dict[str, str]:
-    """What a measurement of a model is found by: architecture, name without folder, dtype."""
+    """What a measurement is found by: the model's architecture, name without folder, dtype, weights; and our code."""
+    if model not in _weights:
+        _weights[model] = _weights_of(model)
     return {
         "model": fingerprint(model.config),
         "name": str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
         "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": _weights[model],
+        "code": _code(),
     }
+
+
+_weights: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_SAMPLES = 64
+
+
+def _weights_of(model: Any) -> str:
+    """Hash of some numbers of every parameter."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the core and of the reference: what decides the bytes of a record."""
+    from . import _core, reference
+
+    digest = hashlib.sha256(Path(_core.__file__).read_bytes())
+    for file in sorted(Path(reference.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

@@ -58,6 +58,7 @@ class Deaf:
 
     def __init__(self, model: Any) -> None:
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self.named_parameters = model.named_parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was run")

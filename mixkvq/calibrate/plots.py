@@ -10,12 +10,10 @@ from .study import Trial
 
 def pareto_figure(path: Path, trials: Sequence[Trial], front: Sequence[Trial], chosen: Trial, title: str) -> None:
     """KL against true bits of all trials, the front and the chosen pair marked."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot([t.true_bits for t in trials], [t.kl for t in trials], "o", color="#9ca3af", label="trials")
     axes.step([t.true_bits for t in front], [t.kl for t in front], "-o", where="post", color="#0f766e", label="best")
     axes.plot(chosen.true_bits, chosen.kl, "*", ms=16, color="#b45309", label="chosen")
@@ -25,5 +23,4 @@ def pareto_figure(path: Path, trials: Sequence[Trial], front: Sequence[Trial], c
     axes.set_yscale("log")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)

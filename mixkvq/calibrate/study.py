@@ -70,7 +70,7 @@ def search(
     emit("chunk", (len(finished()), trials))
     while (done := len(finished())) < trials:
         # a sampler of its own for every trial: a resumed study draws what one that never stopped would have drawn
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100003 + done)
+        study.sampler = optuna.samplers.TPESampler(seed=(seed * 100003 + done) % 2**32)
         study.optimize(_objective(readings, config, highest), n_trials=1)
         emit("chunk", (len(finished()), trials))
     return [Trial(_pair(t.params), *t.values) for t in finished()]

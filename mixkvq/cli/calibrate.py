@@ -15,6 +15,7 @@ from ..config import MixKVQConfig
 from ..errors import UserError
 from ..version import __version__
 from .display import Display
+from .evaluate.lists import names as domain_names
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class CalibrateOptions:
             raise UserError(f"--preset is {self.preset}, which has nothing to calibrate")
         if config.allocate != "threshold" and (self.target_bits is not None or self.max_bits is not None):
             raise UserError(f"--target-bits and --max-bits are for thresholds; {self.preset} has none")
-        for name, low in (("trials", 1), ("windows", 1), ("threads", 1), ("sink", 0)):
+        for name, low in (("trials", 1), ("windows", 1), ("threads", 1), ("sink", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name} is {value}, must be at least {low}")
@@ -77,9 +78,10 @@ def calibrate(options: CalibrateOptions, console: Console) -> int:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    protocol = Protocol(options.context, options.prefill, options.sink or 0)
+    config = MixKVQConfig.preset(options.preset, **options.fields)
+    protocol = Protocol(options.context, options.prefill, config.sink_length, config.block_length)
     model, tokenizer = load(options.model, options.dtype, lambda text: console.print(text, style="dim"))
-    names = [name.strip() for name in options.domains.split(",") if name.strip()]
+    names = domain_names("--domains", options.domains)
     # twice as many for a profile: one half to choose by, the other to judge by
     halves = 2 if options.preset != "paper" else 1
     texts = [calibration_windows(tokenizer, name, halves * options.windows, options.context) for name in names]

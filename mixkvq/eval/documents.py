@@ -3,8 +3,8 @@
 ==============  =======================================================================================
 ``needles``     sentences such as "The secret number of Oslo is 4821." in prose; asked in the same words
 ``pairs``       nothing but lines "Oslo apple: 4821", as many as fit: associative recall among many keys
-``variables``   assignments in prose, ``ab = 4821``, ``cd = ab``, ``ef = cd``; asked ``ef =``, the answer
-                goes the way back, ``cd = ab = 4821``
+``variables``   assignments in prose, ``ab = 4821`` and further on ``cd = ab``; asked ``cd =``, the answer
+                goes the way back, ``ab = 4821``
 ==============  =======================================================================================
 
 Every answer ends in four digits: chance is 1 in 9000, or less.

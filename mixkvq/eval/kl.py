@@ -48,6 +48,33 @@ class Protocol:
         if not 0 < self.prefill < self.context:
             raise UserError(f"--prefill is {self.prefill}, must be from 1 to --context ({self.context}) less 1")
 
+    @classmethod
+    def of(cls, schemes: Sequence[Scheme], context: int, prefill: int) -> Protocol:
+        """The protocol whose chunks end where blocks of these schemes end.
+
+        Raises
+        ------
+        UserError
+            If their blocks end at different tokens, or the exact window is no whole number of blocks.
+        """
+        found: dict[tuple[int, int], str] = {}
+        for scheme in schemes:
+            if scheme.config is None:
+                continue
+            sink, block = scheme.config.sink_length, scheme.config.block_length
+            if scheme.config.residual_length % block:
+                raise UserError(
+                    f"--schemes: {scheme.name} has residual_length {scheme.config.residual_length}, must be a multiple "
+                    f"of its block_length ({block}) here: chunks end on block borders"
+                )
+            found.setdefault((sink, block), scheme.name)
+        if len(found) > 1:
+            what = "; ".join(f"{name} has {sink} and {block}" for (sink, block), name in found.items())
+            raise UserError(
+                f"--schemes must share sink_length and block_length, for chunks to end on block borders: {what}"
+            )
+        return cls(context, prefill, *next(iter(found), (cls.sink_length, cls.block_length)))
+
     @property
     def ends(self) -> list[int]:
         """Ends of the chunks."""
@@ -69,6 +96,7 @@ def key_of(model: Any, window: Window, protocol: Protocol, scheme: Scheme) -> di
         "window": window.index,
         "text": window.digest,
         "protocol": str(protocol),
+        "chunk_ends": protocol.ends,
         "scheme": scheme.name,
         "details": scheme.details,
     }
@@ -172,7 +200,7 @@ def summarize(
                 p99=float(np.quantile(every, 0.99)),
                 nll_change=mean_interval(units(rows, "nll_change")),
                 agreement=mean_interval(units(rows, "agree")),
-                ratio=None if base is None else ratio_interval(kl, base),
+                ratio=None if base is None or not base.any() else ratio_interval(kl, base),
                 positions=every.size,
                 paths=rows[0]["paths"],
             )

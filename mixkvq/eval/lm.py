@@ -199,6 +199,10 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
         found: list[dict[str, Any] | None] = [None] * len(requests)
         groups: dict[tuple[int, ...], list[int]] = {}  # requests with the same first tokens share their first pass
         for i, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"continuation has {len(continuation)} tokens, must have at most the model's {self.max_length}"
+                )
             ids = (*context, *continuation)[-(self.max_length + 1) :]
             groups.setdefault(tuple(ids[: len(ids) - len(continuation) - 1]), []).append(i)
         done = 0

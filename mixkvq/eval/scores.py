@@ -168,7 +168,7 @@ def evaluate(
                 "details": scheme.details,
             }
             values_of = {"value": value, "true_bits": true_bits, "effective_bits": effective_bits}
-            if results.find(key) is None:
+            if results.find(key) != values_of:  # the last one counts
                 results.add(key, values_of)
     return scores
 

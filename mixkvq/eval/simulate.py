@@ -82,7 +82,6 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
 
     def _clear(self, reason: str) -> None:
         self._states: list[dict[str, Any]] = []  # per batch row
-        self._record_bytes, self._record_elements = 0.0, 0
         super()._clear(reason)
 
     @property
@@ -105,7 +104,9 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
         importance = self.queries.importance()
         config, length = self.mixkvq_config, self.mixkvq_config.block_length
         while len(self._states) < batch:
-            self._states.append({"dtype": DTYPES[self._k.dtype], "layer": self.index, "block": 0})
+            self._states.append(
+                {"dtype": DTYPES[self._k.dtype], "layer": self.index, "block": 0, "nbytes": 0.0, "elements": 0}
+            )
         for row, (start, state) in enumerate(zip(starts, self._states, strict=True)):
             weights = None if importance is None else importance[row].numpy()
             at = start + config.sink_length + state["block"] * length
@@ -114,8 +115,8 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
                 k, v = (t[block].detach().float().numpy() for t in (self._k, self._v))
                 new_k, new_v, nbytes = self.simulator.code(k, v, weights, state)
                 self._k[block], self._v[block] = torch.from_numpy(new_k), torch.from_numpy(new_v)
-                self._record_bytes += nbytes
-                self._record_elements += 2 * heads * length * dim
+                state["nbytes"] += nbytes
+                state["elements"] += 2 * heads * length * dim
                 state["block"] += 1
                 at += length
 
@@ -132,7 +133,9 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
         """What the layer would hold: records, and the rest as it is."""
         elements = sum(t.numel() for t in (self._k, self._v) if t is not None)
         item = 0 if self._k is None else self._k.element_size()
-        nbytes = round(self._record_bytes) + item * (elements - self._record_elements)
+        record_bytes = round(sum(state["nbytes"] for state in self._states))
+        coded = sum(state["elements"] for state in self._states)
+        nbytes = record_bytes + item * (elements - coded)
         return LayerReport(
             index,
             "simulated",
@@ -140,8 +143,8 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
             self.length,
             nbytes,
             elements,
-            record_bytes=round(self._record_bytes),
-            record_elements=self._record_elements,
+            record_bytes=record_bytes,
+            record_elements=coded,
         )
 
 

@@ -107,7 +107,7 @@ def check_options(
     """
     common = {} if sink is None or sink < 0 else {"sink_length": sink}
     parsed = parse_schemes(schemes, common)
-    base = parsed[0]
+    base = next((scheme for scheme in parsed if scheme.kind != "exact"), parsed[0])
     if baseline is not None:
         known = {scheme.name: scheme for scheme in parsed}
         base = known.get(baseline) or parse_scheme(baseline, common)

@@ -22,6 +22,7 @@ from .app import (
     app,
     set_up,
 )
+from .lists import names as domain_names
 
 
 @app.command("kl")
@@ -46,11 +47,12 @@ def kl(
     from ...eval.tables import kl_table
     from ...eval.texts import windows as stretches
 
-    protocol = Protocol(context, prefill, max(sink or 0, 0))
+    Protocol(context, prefill)  # what is wrong with these shows before the model is loaded
     if windows < 1:
         raise UserError(f"--windows is {windows}, must be at least 1")
+    names = domain_names("--domains", domains)
     setup = set_up(model=model, schemes=schemes, baseline=baseline, sink=sink, threads=threads, dtype=dtype, out=out)
-    names = [name.strip() for name in domains.split(",") if name.strip()]
+    protocol = Protocol.of(setup.schemes, context, prefill)
     texts = {name: stretches(setup.tokenizer, name, windows, context) for name in names}
     every = [window for part in texts.values() for window in part]
     display = setup.bar("reading with every scheme")
