@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.registry import register_model  # type: ignore[import-untyped]
-from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
-from lm_eval.models.utils import (  # type: ignore[import-untyped]
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
     handle_stop_sequences,
     normalize_gen_kwargs,
     postprocess_generated_text,
@@ -298,6 +298,6 @@ def answer_together(
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
+    from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

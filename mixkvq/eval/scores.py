@@ -84,8 +84,8 @@ def run_harness(
         When lm-eval does not know a task or cannot load its data.
     """
     quiet_harness()
-    from lm_eval import evaluator  # type: ignore[import-untyped]
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
     from transformers import set_seed
 
     set_seed(SEED)

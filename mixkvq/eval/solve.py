@@ -52,8 +52,8 @@ def choose(source: str, count: int, shots: int, seed: int = 0) -> tuple[list[Pro
 
 def task(questions: Sequence[Problem], shots: Sequence[Problem], max_new_tokens: int, name: str = "problems") -> Any:
     """The lm-eval task of these problems."""
-    from datasets import Dataset  # type: ignore[import-untyped]
-    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped]
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
 
     quiet_harness()
 

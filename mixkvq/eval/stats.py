@@ -37,7 +37,7 @@ def stretches(values: list[Doubles]) -> Doubles:
 
 
 def _bootstrap(samples: tuple[Doubles, ...], statistic: Any) -> Interval:
-    from scipy.stats import bootstrap  # type: ignore[import-untyped]
+    from scipy.stats import bootstrap
 
     value = float(statistic(*samples, axis=-1))
     if len(samples[0]) < 2:

@@ -93,7 +93,7 @@ def _manager(tasks: list[str], include_path: Path | None) -> Any:
     UserError
         For a name that it does not know.
     """
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager
 
     from ...eval.scores import quiet_harness
 
