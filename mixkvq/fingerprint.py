@@ -46,16 +46,21 @@ def fingerprint(config: Any) -> str:
     return f"{known['model_type']}-{digest[:12]}"
 
 
+def model_name(model: Any) -> str:
+    """Last part of where a model was loaded from."""
+    return str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
+
+
 def identity(model: Any) -> dict[str, str]:
     """What a measurement is found by: the model's architecture, name without folder, dtype, weights; and our code."""
     if model not in _weights:
         _weights[model] = _weights_of(model)
     return {
         "model": fingerprint(model.config),
-        "name": str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2],
+        "name": model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": _weights[model],
-        "code": _code(),
+        "code": code_digest(),
     }
 
 
@@ -73,7 +78,7 @@ def _weights_of(model: Any) -> str:
 
 
 @functools.cache
-def _code() -> str:
+def code_digest() -> str:
     """Hash of the core and of the reference: what decides the bytes of a record."""
     from . import _core, reference
 

@@ -54,7 +54,7 @@ def test_nothing_is_lost_without_quantization(tmp_path: Path) -> None:
     lossless, simulated, exact = summarize(model, windows(), schemes, PROTOCOL, results)
     assert lossless.true_bits == simulated.true_bits > 32 and exact.true_bits is None and exact.effective_bits == 32
     assert [row.paths for row in (lossless, simulated, exact)] == [{"packed": 2}, {"simulated": 2}, {"native": 2}]
-    assert all(row.note == "" for row in (lossless, simulated, exact))
+    assert all(path_note(row.scheme.kind, row.paths) == "" for row in (lossless, simulated, exact))
 
 
 def test_simulated_and_packed_agree(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_other_models_protocols_and_texts_have_other_keys() -> None:
 
 def test_layers_that_are_not_packed_are_named(tmp_path: Path) -> None:
     model, schemes, results = measured("default,int4-token,exact", tmp_path, tiny("gemma2", "eager"), count=1)
-    notes = [row.note for row in summarize(model, windows(1), schemes, PROTOCOL, results)]
+    rows = summarize(model, windows(1), schemes, PROTOCOL, results)
+    notes = [path_note(row.scheme.kind, row.paths) for row in rows]
     assert notes == ["1 native, 1 packed", "1 native, 1 simulated", ""]
 
 
@@ -164,7 +165,8 @@ def test_quantized_caches_of_transformers(name: str, bits: float, tmp_path: Path
     model, schemes, results = measured(text, tmp_path, count=1)
     often, never = summarize(model, windows(1), schemes, PROTOCOL, results)
     for row in (often, never):
-        assert row.true_bits == bits and row.paths == {"quantized": 2} and row.note == "" and row.kl.value > 1e-5
+        assert path_note(row.scheme.kind, row.paths) == ""
+        assert row.true_bits == bits and row.paths == {"quantized": 2} and row.kl.value > 1e-5
     assert never.effective_bits == (bits * 140 + 32 * 140) / 280  # the prompt coded at once, the others exact
     found = [results.find(key_of(model, windows(1)[0], PROTOCOL, scheme)) for scheme in schemes]
     assert [row and row["record_elements"] for row in found] == [2 * 2 * 2 * 64 * n for n in (280, 140)]

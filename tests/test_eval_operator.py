@@ -170,7 +170,7 @@ def test_layers_of_a_model_with_windows(tmp_path: Path) -> None:
     total = pooled(model, [0, 1], schemes[0], plan, results, "output")
     assert total.value == pytest.approx(second.output / 2**0.5) and total.low <= total.value <= total.high
     alone = Results(tmp_path / "other.jsonl")
-    with pytest.raises(ValueError, match="not all layers have been measured"):
+    with pytest.raises(ValueError, match="scheme default has not been measured in full"):
         layer_eval.summarize(model, [0], schemes[0], plan, alone)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..eval.forced import compare, forced_logits
+from ..eval.bits import bits_of, true_bits
+from ..eval.forced import forced_logits, kl_divergence
 from ..eval.kl import Protocol
 from ..eval.replay import Prefill
 from ..eval.stats import stretches
@@ -34,7 +35,7 @@ class Measured:
     units: Doubles
     """KL divergence in nats, means over stretches of positions."""
     true_bits: float
-    record_bytes: int
+    """0 where nothing is packed."""
 
     @property
     def kl(self) -> float:
@@ -71,12 +72,10 @@ class Readings:
 
     def measure(self, make: Callable[[], Any]) -> Measured:
         """Compare caches, one per window, with the exact one; ``make`` gives an empty `MixKVQCache`."""
-        kl, nbytes, elements = [], 0, 0
+        kl, bits = [], []
         for ids, prefill, exact in self._read:
             cache = make()
-            unknown = torch.full((self.protocol.context - self.protocol.prefill,), -1)
-            kl.append(compare(exact, forced_logits(self.model, ids, prefill, cache, self.protocol.ends), unknown).kl)
-            layers = cache.report().layers
-            nbytes += sum(layer.record_bytes for layer in layers)
-            elements += sum(layer.record_elements for layer in layers)
-        return Measured(stretches(kl), 8 * nbytes / max(elements, 1), nbytes)
+            other = forced_logits(self.model, ids, prefill, cache, self.protocol.ends)
+            kl.append(torch.cat([kl_divergence(p, q) for p, q in zip(exact, other, strict=True)]).numpy())
+            bits.append(bits_of(cache))
+        return Measured(stretches(kl), true_bits(bits) or 0.0)

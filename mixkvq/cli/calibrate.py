@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..calibration import Calibration
 from ..config import MixKVQConfig
 from ..errors import UserError
+from ..files import whole_file
+from ..fingerprint import fingerprint, identity
 from ..version import __version__
 from .display import Display
 from .evaluate.lists import names as domain_names
@@ -57,6 +60,11 @@ class CalibrateOptions:
             raise UserError(f"--target-bits is {self.target_bits}, must be from 2 to below 16 bits per key code")
 
     @property
+    def config(self) -> MixKVQConfig:
+        """The preset with `fields`."""
+        return MixKVQConfig.preset(self.preset, **self.fields)
+
+    @property
     def fields(self) -> dict[str, Any]:
         """Fields that replace the preset's."""
         return {} if self.sink is None else {"sink_length": self.sink}
@@ -78,17 +86,17 @@ def calibrate(options: CalibrateOptions, console: Console) -> int:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    config = MixKVQConfig.preset(options.preset, **options.fields)
+    config, names = options.config, domain_names("--domains", options.domains)
     protocol = Protocol(options.context, options.prefill, config.sink_length, config.block_length)
     model, tokenizer = load(options.model, options.dtype, lambda text: console.print(text, style="dim"))
-    names = domain_names("--domains", options.domains)
     # twice as many for a profile: one half to choose by, the other to judge by
-    halves = 2 if options.preset != "paper" else 1
+    profile = config.allocate != "threshold"
+    halves = 2 if profile else 1
     texts = [calibration_windows(tokenizer, name, halves * options.windows, options.context) for name in names]
     with console.status("reading with the exact cache"):
         readings = Readings(model, [w for part in texts for w in part[::halves]], protocol)
     count = f"{len(readings.texts)} windows of {options.context} tokens from {', '.join(names)}"
-    if options.preset != "paper":
+    if profile:
         with console.status("reading what the profile is judged by"):
             held_out = Readings(model, [w for part in texts for w in part[1::halves]], protocol)
         return _profile(options, console, readings, held_out, count)
@@ -97,42 +105,20 @@ def calibrate(options: CalibrateOptions, console: Console) -> int:
     return _search(options, console, readings, count)
 
 
-def _write(options: CalibrateOptions, model: Any, fields: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    from ..calibration import Calibration
-    from ..fingerprint import fingerprint
-
-    made = Calibration(
-        fingerprint(model.config),
-        options.preset,
-        {**options.fields, **fields},
-        summary={**summary, "made_by": f"mixkvq {__version__}"},
-    )
-    write(options.out, made.to_json())
+def _write(options: CalibrateOptions, made: Calibration, summary: Mapping[str, Any]) -> None:
+    with whole_file(options.out) as file:
+        file.write_text(replace(made, summary={**summary, "made_by": f"mixkvq {__version__}"}).to_json())
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises
-    ------
-    UserError
-        If it cannot be written.
-    """
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(text)
-        made.replace(path)
-    except OSError as error:
-        made.unlink(missing_ok=True)
-        raise UserError(f"--out is {path}, which cannot be written ({error.strerror})") from error
+def _thresholds(options: CalibrateOptions, model: Any, pair: tuple[float, float]) -> Calibration:
+    return Calibration(fingerprint(model.config), options.preset, {**options.fields, "thresholds": list(pair)})
 
 
 def _scale(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
     from ..cache import MixKVQCache
     from ..calibrate.thresholds import scale_thresholds
 
-    config = MixKVQConfig.preset("paper", **options.fields)
+    config = options.config
     with console.status("scaling the published pair"):
         try:
             found = scale_thresholds(readings.model, readings.prefills, config, float(options.target_bits or 0))
@@ -153,20 +139,17 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
         "kl_nats": measured.kl,
         "texts": count,
     }
-    _write(options, readings.model, {"thresholds": [high, low]}, summary)
+    _write(options, _thresholds(options, readings.model, found.thresholds), summary)
     console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _search(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
-    import hashlib
-
     from ..calibrate.plots import pareto_figure
     from ..calibrate.study import cut_off, pareto, pick, search
-    from ..fingerprint import fingerprint
 
-    config = MixKVQConfig.preset("paper", **options.fields)
-    what = [fingerprint(readings.model.config), config.to_json(), str(readings.protocol)]
+    config = options.config
+    what = [repr(identity(readings.model)), config.to_json(), str(readings.protocol)]
     what += [text.digest for text in readings.texts] + [repr(options.highest)]
     name = f"paper-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}"
     journal = options.out.with_suffix(".study.log")
@@ -194,7 +177,7 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
     pareto_figure(figure, trials, front, chosen, f"{options.model}: thresholds of `paper`, {len(trials)} trials")
     rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
     summary = {"true_bits": chosen.true_bits, "kl_nats": chosen.kl, "texts": count, "trials": len(trials), "rule": rule}
-    _write(options, readings.model, {"thresholds": list(chosen.thresholds)}, summary)
+    _write(options, _thresholds(options, readings.model, chosen.thresholds), summary)
     console.print(
         f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}",
         highlight=False,
@@ -204,8 +187,6 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
 
 
 def _profile(options: CalibrateOptions, console: Console, readings: Any, held_out: Any, count: str) -> int:
-    from dataclasses import replace
-
     from ..calibrate.profile import make_profile
 
     display = Display(console, {"chunk": "measuring every layer alone"})
@@ -228,8 +209,7 @@ def _profile(options: CalibrateOptions, console: Console, readings: Any, held_ou
         "kl_nats": found.kl[0],
         "kl_ratio_to_preset": [found.ratio.value, found.ratio.low, found.ratio.high],
         "texts": count,
-        "made_by": f"mixkvq {__version__}",
     }
-    write(options.out, replace(found.calibration, summary=summary).to_json())
+    _write(options, found.calibration, summary)
     console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
     return 0

@@ -16,11 +16,11 @@ def bits_of(cache: Any) -> dict[str, Any]:
     layers = coded_layers(cache)
     nbytes, elements = sum(x.nbytes for x in layers), sum(x.elements for x in layers)
     found: dict[str, Any] = {
-        "true_bits": 8 * nbytes / elements if elements else None,
         "record_bytes": nbytes,
         "record_elements": elements,
         "paths": dict(sorted(Counter(x.path for x in layers).items())),
     }
+    found["true_bits"] = true_bits([found])
     if not hasattr(cache, "report"):
         held = elements + exact_elements(cache)
         return found | {"effective_bits": 8 * cache_nbytes(cache) / held if held else None}
@@ -32,12 +32,16 @@ def bits_of(cache: Any) -> dict[str, Any]:
     }
 
 
+def true_bits(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """8 * "record_bytes" / "record_elements" of all rows together; None where nothing is coded."""
+    elements = sum(row["record_elements"] for row in rows)
+    return 8 * sum(row["record_bytes"] for row in rows) / elements if elements else None
+
+
 def bits_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
     """True bits (all records together) and effective bits (mean) over what `bits_of` told of several caches.
 
     The first is None where nothing is packed, the second where a cache does not tell.
     """
-    elements = sum(row.get("record_elements", 0) for row in rows)
     effective = [row["effective_bits"] for row in rows]
-    true_bits = 8 * sum(row["record_bytes"] for row in rows) / elements if elements else None
-    return true_bits, None if None in effective else float(np.mean(effective))
+    return true_bits(rows), None if None in effective else float(np.mean(effective))

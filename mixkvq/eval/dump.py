@@ -21,8 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..fingerprint import fingerprint
+from ..files import whole_file
+from ..fingerprint import fingerprint, model_name
 from .attention import LayerStates
 from .replay import Prefill
 from .stream import Emit, layer_progress
@@ -137,24 +136,8 @@ def write_dump(
     }
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     say(f"{len(layers)} layers of {len(window.ids)} tokens in {dtype}: {size / 1e6:,.1f} MB into {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-        made = Path(name)
-        try:
-            save_file(tensors, made, {"mixkvq": json.dumps(about, default=str)})
-            made.chmod(0o644)
-            made.replace(path)
-        finally:
-            made.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-
-
-def model_name(model: Any) -> str:
-    """Last part of where a model was loaded from."""
-    return str(getattr(model.config, "_name_or_path", "")).rstrip("/").rpartition("/")[2]
+    with whole_file(path) as made:
+        save_file(tensors, made, {"mixkvq": json.dumps(about, default=str)})
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,7 @@ def summarize(
     """What ``results`` holds, one row per scheme. All prompts must have been continued."""
 
     def values(scheme: Scheme) -> list[dict[str, Any]]:
-        rows = [results.find(key_of(model, prompt, new_tokens, scheme)) for prompt in prompts]
-        if None in rows:
-            raise ValueError(f"scheme {scheme.name} has not continued all prompts")
-        return [row for row in rows if row is not None]
+        return results.rows((key_of(model, p, new_tokens, scheme) for p in prompts), f"scheme {scheme.name}")
 
     truth = values(exact)
 

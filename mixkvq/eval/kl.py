@@ -15,14 +15,13 @@ from ..fingerprint import identity
 from .bits import bits_of, bits_over
 from .forced import chunk_ends, compare, forced_logits
 from .replay import Prefill
-from .results import Results
+from .results import Results, rounded
 from .schemes import EXACT, Scheme, parse_scheme
 from .stats import Interval, mean_interval, ratio_interval, stretches
 from .stream import Emit
 from .texts import Window
 
 Doubles = NDArray[np.float64]
-DIGITS = 7
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,8 @@ def _measure_window(
         cache = scheme.cache(model)
         found = compare(exact, forced_logits(model, ids, prefill, cache, ends), targets)
         values: dict[str, Any] = {
-            "kl": [float(f"{x:.{DIGITS}g}") for x in found.kl],
-            "nll_change": [float(f"{x:.{DIGITS}g}") for x in (found.nll - found.nll_exact)[:-1]],
+            "kl": rounded(found.kl),
+            "nll_change": rounded((found.nll - found.nll_exact)[:-1]),
             "agree": found.agree.astype(int).tolist(),
         }
         yield scheme, values | bits_of(cache)
@@ -160,11 +159,6 @@ class Summary:
     paths: dict[str, int]
     """Layers by path, such as ``{"packed": 30}``."""
 
-    @property
-    def note(self) -> str:
-        """See `path_note`."""
-        return path_note(self.scheme.kind, self.paths)
-
 
 def summarize(
     model: Any,
@@ -177,10 +171,7 @@ def summarize(
     """What ``results`` holds, one row per scheme. All windows must have been measured."""
 
     def values(scheme: Scheme) -> list[dict[str, Any]]:
-        rows = [results.find(key_of(model, window, protocol, scheme)) for window in windows]
-        if None in rows:
-            raise ValueError(f"scheme {scheme.name} has not been measured on all windows")
-        return [row for row in rows if row is not None]
+        return results.rows((key_of(model, w, protocol, scheme) for w in windows), f"scheme {scheme.name}")
 
     def units(rows: list[dict[str, Any]], name: str) -> Doubles:
         return stretches([np.asarray(row[name], np.float64) for row in rows])

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..fingerprint import fingerprint
+from ..fingerprint import identity
 from .attention import Errors, ExactAttention, LayerStates, Seen, through_cache
-from .dump import model_name
-from .operator import root, rounded
-from .results import Results
+from .bits import true_bits
+from .operator import root
+from .results import Results, rounded
 from .schemes import Scheme
 from .stats import Interval, mean_interval
 from .stream import Emit
@@ -47,9 +47,7 @@ class Plan:
         """What a measurement is found by; without a scheme: the statistics of the layer."""
         return {
             "measure": "layers" if scheme else "layer statistics",
-            "model": fingerprint(model.config),
-            "name": model_name(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **identity(model),
             "domain": self.window.domain,
             "window": self.window.index,
             "text": self.window.digest,
@@ -78,8 +76,8 @@ def statistics(states: LayerStates, prompt: int, sink_length: int) -> dict[str, 
     product = (importance * spread).numpy()
     deviation = np.array([np.log(a[a > 0]).std() if (a > 0).any() else 0.0 for a in product])
     return {
-        "importance": rounded(importance.numpy()),
-        "spread": rounded(spread.numpy()),
+        "importance": rounded(importance),
+        "spread": rounded(spread),
         "ln_a_sd": rounded(deviation),
     }
 
@@ -156,10 +154,8 @@ class Maps:
 
 
 def _rows(model: Any, layers: Sequence[int], scheme: Scheme | None, plan: Plan, results: Results) -> list[Any]:
-    rows = [results.find(plan.key(model, layer, scheme)) for layer in layers]
-    if None in rows:
-        raise ValueError("not all layers have been measured")
-    return rows
+    what = "the statistics of the layers" if scheme is None else f"scheme {scheme.name}"
+    return results.rows((plan.key(model, layer, scheme) for layer in layers), what)
 
 
 def summarize(model: Any, layers: Sequence[int], scheme: Scheme, plan: Plan, results: Results) -> list[LayerSummary]:
@@ -171,12 +167,12 @@ def summarize(model: Any, layers: Sequence[int], scheme: Scheme, plan: Plan, res
     found = []
     pairs = zip(_rows(model, layers, scheme, plan, results), _rows(model, layers, None, plan, results), strict=True)
     for layer, (row, about) in zip(layers, pairs, strict=True):
-        elements, bits, worst = row["record_elements"], row["key_bits"], int(np.argmax(row["output"]))
+        bits, worst = row["key_bits"], int(np.argmax(row["output"]))
         found.append(
             LayerSummary(
                 layer=layer,
                 path=row["path"],
-                true_bits=8 * row["record_bytes"] / elements if elements else None,
+                true_bits=true_bits([row]),
                 key_bits=None if bits is None else float(np.mean(bits)),
                 **{name: size(row[name]) for name in ("key", "value", "logits", "output")},
                 worst_head=worst,

@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..fingerprint import code_digest
 from .attention import ExactAttention, through_cache
+from .bits import true_bits
 from .dump import Dump
-from .results import Results
+from .results import Results, rounded
 from .schemes import Scheme
 from .stats import Interval, mean_interval, ratio_interval
 from .stream import Emit
 
 Doubles = NDArray[np.float64]
-DIGITS = 7
 
 
 def check_prompt(prompt: int, tokens: int, sink_length: int) -> None:
@@ -36,6 +37,7 @@ def key_of(dump: Dump, layer: int, scheme: Scheme, prompt: int, sink_length: int
     """What a measurement is found by."""
     return {
         "measure": "operator",
+        "code": code_digest(),
         "file": dump.digest,
         "name": dump.about["model"],
         "domain": dump.about["domain"],
@@ -76,11 +78,6 @@ def measure(dump: Dump, schemes: Sequence[Scheme], prompt: int, sink_length: int
     emit("chunk", (total, total))
 
 
-def rounded(x: Doubles) -> Any:
-    """Nested lists with `DIGITS` digits."""
-    return [rounded(part) for part in x] if x.ndim else float(f"{float(x):.{DIGITS}g}")
-
-
 @dataclass(frozen=True)
 class Row:
     """One scheme over some layers."""
@@ -110,10 +107,8 @@ def summarize(
     """What ``results`` holds of these layers (default: all), one row per scheme."""
 
     def values(scheme: Scheme) -> list[dict[str, Any]]:
-        found = [results.find(key_of(dump, i, scheme, prompt, sink_length)) for i in layers or dump.layers]
-        if None in found:
-            raise ValueError(f"scheme {scheme.name} has not been measured on all layers")
-        return [row for row in found if row is not None]
+        keys = (key_of(dump, i, scheme, prompt, sink_length) for i in layers or dump.layers)
+        return results.rows(keys, f"scheme {scheme.name}")
 
     def cells(rows: list[dict[str, Any]], name: str) -> Doubles:
         return np.concatenate([np.asarray(row[name], np.float64).ravel() for row in rows])
@@ -122,7 +117,6 @@ def summarize(
     summaries = []
     for scheme in schemes:
         rows = values(scheme)
-        elements = sum(row["record_elements"] for row in rows)
         paths = [row["path"] for row in rows]
         kl = cells(rows, "kl")
         summaries.append(
@@ -130,7 +124,7 @@ def summarize(
                 scheme=scheme,
                 layers=len(rows),
                 paths={path: paths.count(path) for path in sorted(set(paths))},
-                true_bits=8 * sum(row["record_bytes"] for row in rows) / elements if elements else None,
+                true_bits=true_bits(rows),
                 logits=root(mean_interval(cells(rows, "logits"))),
                 output=root(mean_interval(cells(rows, "output"))),
                 kl=mean_interval(kl),

@@ -20,7 +20,7 @@ from .bits import bits_of, bits_over
 from .documents import Document
 from .forced import forced_logits, scheme_ends
 from .replay import Prefill
-from .results import Results
+from .results import Results, rounded
 from .schemes import Scheme
 from .stats import Interval, difference_interval, mean_interval
 from .stream import Emit
@@ -90,7 +90,7 @@ def answer(model: Any, document: Document, prefill: Prefill, scheme: Scheme) -> 
         begin += len(logits)
     return {
         "right": [int(x) for x in right],
-        "log_probability": [float(f"{x:.6g}") for x in log_p],
+        "log_probability": rounded(log_p),
         "tokens": ids.shape[1],
         **bits_of(cache),
     }
@@ -122,10 +122,7 @@ def summarize(
     """What ``results`` holds, one row per length, task and scheme; documents are the units of the intervals."""
 
     def rows(part: Sequence[Document], scheme: Scheme) -> list[dict[str, Any]]:
-        found = [results.find(key_of(model, document, scheme)) for document in part]
-        if None in found:
-            raise ValueError(f"scheme {scheme.name} has not been measured on all documents")
-        return [row for row in found if row is not None]
+        return results.rows((key_of(model, document, scheme) for document in part), f"scheme {scheme.name}")
 
     def units(found: list[dict[str, Any]], name: str) -> Doubles:
         return np.array([np.mean(row[name]) for row in found])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
+
+DIGITS = 7
 
 _START = b'{"key": '
 
@@ -60,6 +64,19 @@ class Results:
         """The values measured for this key, if there are any."""
         return self._known.get(_canonical(key))
 
+    def rows(self, keys: Iterable[Mapping[str, Any]], what: str) -> list[dict[str, Any]]:
+        """The values of all these keys.
+
+        Raises
+        ------
+        ValueError
+            If one has not been measured, saying ``what`` it belongs to.
+        """
+        found = [self.find(key) for key in keys]
+        if None in found:
+            raise ValueError(f"{what} has not been measured in full")
+        return [values for values in found if values is not None]
+
     def add(self, key: Mapping[str, Any], values: dict[str, Any]) -> None:
         """Keep a measurement; on disk when this returns."""
         line = json.dumps({"key": dict(key), "values": values}) + "\n"
@@ -67,6 +84,12 @@ class Results:
         with self.path.open("a") as file:
             file.write(line)
         self._known[_canonical(key)] = values
+
+
+def rounded(x: Any) -> Any:
+    """A number, or an array as nested lists, with `DIGITS` digits: what goes into a file."""
+    x = np.asarray(x, np.float64)
+    return [rounded(part) for part in x] if x.ndim else float(f"{float(x):.{DIGITS}g}")
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
