@@ -177,6 +177,7 @@ class LayerTensors(NamedTuple):
     place: Tensor
     blocks: Tensor
     mu: Tensor | None
+    salience: tuple[Tensor, int] | None
 
     def history(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
         return self.slabs, self.place, self.blocks, self.mu
@@ -185,8 +186,9 @@ class LayerTensors(NamedTuple):
 class Layer(_core.Layer):
     """A `_core.Layer` that keeps its tensors alive. Its methods take addresses; the functions below take tensors."""
 
-    __slots__ = ("tensors",)
+    __slots__ = ("salience", "tensors")
     tensors: LayerTensors
+    salience: tuple[int, int, _View] | None  # KV heads, power, sum
 
 
 def layer(
@@ -199,6 +201,7 @@ def layer(
     place: Tensor,
     blocks: Tensor,
     mu: Tensor | None = None,
+    salience: tuple[Tensor, int] | None = None,
 ) -> Layer:
     """A handle for the packed history and the exact window of one layer.
 
@@ -223,6 +226,8 @@ def layer(
         Records per head.
     mu : float16 Tensor [B, H, D], optional
         Key references.
+    salience : (float64 Tensor [B, H, D], {1, 2}), optional
+        Sum and power of `salience_`, for `attend` with ``observe``.
 
     Raises
     ------
@@ -242,7 +247,11 @@ def layer(
         _dense(blocks, "blocks", torch.int64),
         _dense_or_none(mu, "mu", torch.float16),
     )
-    handle.tensors = LayerTensors(k, v, exact, start, sink_length, list(slabs), place, blocks, mu)
+    handle.tensors = LayerTensors(k, v, exact, start, sink_length, list(slabs), place, blocks, mu, salience)
+    handle.salience = None
+    if salience is not None:
+        sum, power = salience
+        handle.salience = k.shape[1], power, _dense(sum, "sum", torch.float64)
     return handle
 
 
@@ -254,6 +263,7 @@ def attend(
     scaling: float | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    observe: bool = False,
 ) -> Tensor:
     """Attention of queries over packed blocks and window.
 
@@ -273,6 +283,8 @@ def attend(
         c of ``c * tanh(score / c)``; 0: none.
     sink_logits : float32 Tensor [Q], optional
         Logits added to the softmax denominator.
+    observe : bool
+        Do with these queries what `salience_` does, if the layer was given a sum.
 
     Returns
     -------
@@ -290,12 +302,14 @@ def attend(
         result: Tensor = torch.ops.mixkvq.attend(
             q, *t.history(), t.k, t.v, t.exact, t.start, t.sink_length, mask, causal, scale, softcap, sink_logits
         )
+        if observe and t.salience is not None:
+            salience_(t.salience[0], q, t.k.shape[1], t.salience[1])
         return result
     view = _view(q, "q")
     if q.dim() != 4:
         raise _refuse("q", f"{q.dim()}-dimensional", "[B, Q, n, D]")
     batch, heads, n, dim = q.shape
-    out = torch.empty((batch, n, heads, dim), dtype=q.dtype)
+    out = torch.empty(batch, n, heads, dim, dtype=q.dtype)
     handle.attend(
         view,
         (out.data_ptr(), view[1], view[2], (n * heads * dim, dim, heads * dim, 1)),
@@ -305,6 +319,9 @@ def attend(
         softcap,
         _dense_or_none(sink_logits, "sink_logits", torch.float32),
     )
+    if observe and handle.salience is not None:
+        kv_heads, power, sum = handle.salience
+        _core.salience(view, kv_heads, power, None, sum)
     return out
 
 
