@@ -69,6 +69,8 @@ class PackedStore:
     queries : QueryStatistics
     raised : int
         Raised scales in all blocks packed so far.
+    passing : int
+        Most bytes held besides `nbytes` while something was packed or moved; for the caller to read and set to 0.
     length : int
         Columns seen, padding included.
     padding : int
@@ -100,7 +102,7 @@ class PackedStore:
             self.has_mu = torch.zeros(batch, heads, dtype=torch.uint8, device=device)
         self.queries = queries or QueryStatistics(config.salience)
         self.queries.allocate(batch, heads, codec.head_dim, device)
-        self.raised = self.length = 0
+        self.raised = self.length = self.passing = 0
         self._handle: Any = None
         self._recount()
 
@@ -227,6 +229,7 @@ class PackedStore:
             staging, sizes, raised = ops.pack(
                 self.codec, k, v, at_, counts_, max(counts), importance, self.mu, self.has_mu
             )
+            self.passing = max(self.passing, staging.nbytes)
             self.records.add(staging, sizes, counts)
             self.raised += int(raised.sum())
 
@@ -241,6 +244,7 @@ class PackedStore:
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, :used] = old[:, :, :used]
+            self.passing = max(self.passing, old.nbytes)
             setattr(self, name, new)
         self._recount()
 
