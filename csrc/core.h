@@ -7,8 +7,17 @@
 #define MKVQ_CORE_H
 #include "layout.h"
 
+#define MKVQ_INLINE inline __attribute__((always_inline))
+
 #define MKVQ_TILE_ROWS 8     /* query rows that share one reading of the codes */
 #define MKVQ_TILE_TOKENS 128 /* tokens scored before their values are added */
+
+/* How an attention is cut into units of work: it depends on the sizes of the call, never on the
+ * number of threads. */
+typedef struct {
+    int64_t tiles, rows; /* tiles of a head, query rows of a tile */
+    int64_t runs;        /* runs of blocks of a head, merged at the end */
+} mkvq_attend_plan;
 
 typedef struct {
     const char *name;
@@ -16,7 +25,10 @@ typedef struct {
     void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head);
     void (*pack_layer)(const mkvq_pack_args *, int64_t row); /* all heads, for ALLOCATE_LAYER */
     void (*unpack)(const mkvq_unpack_args *, int64_t row, int64_t head);
-    void (*attend)(const mkvq_attend_args *, int64_t row, int64_t head, int64_t tile);
+    void (*attend)(const mkvq_attend_args *, const mkvq_attend_plan *, int64_t row, int64_t head,
+                   int64_t tile, int64_t run, float *partial);
+    void (*merge)(const mkvq_attend_args *, const mkvq_attend_plan *, int64_t row, int64_t head,
+                  int64_t tile, const float *partials);
 } mkvq_kernels;
 
 extern const mkvq_kernels mkvq_kernels_scalar;

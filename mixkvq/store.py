@@ -259,7 +259,7 @@ class PackedStore:
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits)
+        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits, "exact")
 
     @outside_autograd
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ def window(batch: int = 2, heads: int = 2, capacity: int = 8, dim: int = 16) -> 
 
 def attend(layer, q, out=None, mask=None, causal=False, scaling=0.25, softcap=0.0, sink_logits=None):
     out = np.zeros(q.shape, np.float32) if out is None else out
-    layer.attend(q, out, mask, causal, scaling, softcap, sink_logits)
+    layer.attend(q, out, mask, causal, scaling, softcap, sink_logits, 1)
     return out
 
 

@@ -65,7 +65,8 @@ const char *mkvq_isa(void)
 typedef struct {
     const mkvq_kernels *kernels;
     const void *args;
-    int64_t heads, tiles;
+    int64_t heads;
+    const mkvq_attend_plan *plan;
 } job;
 
 static void run(mkvq_executor executor, int64_t units, mkvq_body body, job *j)
@@ -91,7 +92,7 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_salience(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->kv_heads, 1};
+    job j = {NULL, args, args->kv_heads, NULL};
     run(args->executor, args->q.shape[0] * j.heads, salience_body, &j);
     return MKVQ_OK;
 }
@@ -115,7 +116,7 @@ mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_pack(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->k.shape[1], 1};
+    job j = {NULL, args, args->k.shape[1], NULL};
     if (args->codec->allocate == MKVQ_ALLOCATE_LAYER && j.heads > 0)
         run(args->executor, args->k.shape[0], pack_layer_body, &j);
     else
@@ -135,17 +136,58 @@ mkvq_status mkvq_unpack(const mkvq_unpack_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_unpack(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->history->kv_heads, 1};
+    job j = {NULL, args, args->history->kv_heads, NULL};
     run(args->executor, args->history->batch * j.heads, unpack_body, &j);
     return MKVQ_OK;
+}
+
+/* A unit is a tile of query rows over a run of blocks. Runs exist to give all threads work where
+ * there are few heads, and are no shorter than merging them is worth. */
+#define ATTEND_UNITS 96
+#define RUN_BLOCKS 4
+
+static mkvq_attend_plan plan_attend(const mkvq_attend_args *a)
+{
+    const mkvq_history *h = a->history;
+    const int64_t rows = a->q.shape[1] / h->kv_heads * a->q.shape[2];
+    mkvq_attend_plan plan = {(rows + MKVQ_TILE_ROWS - 1) / MKVQ_TILE_ROWS, 1, 1};
+    int64_t most = 0;
+    for (int64_t b = 0; b < h->batch; b++)
+        most = h->blocks[b] > most ? h->blocks[b] : most;
+    const int64_t units = h->batch * h->kv_heads * plan.tiles;
+    if (units > 0) {
+        const int64_t wanted = (ATTEND_UNITS + units - 1) / units, runs = most / RUN_BLOCKS;
+        plan.rows = (rows + plan.tiles - 1) / plan.tiles;
+        plan.runs = runs < 2 ? 1 : runs < wanted ? runs : wanted;
+    }
+    return plan;
+}
+
+static int64_t partial_floats(const mkvq_attend_args *a, const mkvq_attend_plan *plan)
+{
+    return plan->rows * (2 + a->q.shape[3]);
+}
+
+int64_t mkvq_attend_workspace(const mkvq_attend_args *args)
+{
+    const mkvq_attend_plan plan = plan_attend(args);
+    const mkvq_history *h = args->history;
+    return plan.runs == 1 ? 0
+                          : h->batch * h->kv_heads * plan.tiles * plan.runs *
+                                partial_floats(args, &plan) * (int64_t)sizeof(float);
 }
 
 static void attend_body(int64_t begin, int64_t end, void *ctx)
 {
     const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->attend(j->args, u / (j->heads * j->tiles), u / j->tiles % j->heads,
-                           u % j->tiles);
+    const mkvq_attend_args *a = j->args;
+    const mkvq_attend_plan *plan = j->plan;
+    for (int64_t u = begin; u < end; u++) {
+        const int64_t tile = u / plan->runs, head = tile / plan->tiles;
+        j->kernels->attend(
+            a, plan, head / j->heads, head % j->heads, tile % plan->tiles, u % plan->runs,
+            plan->runs > 1 ? (float *)a->workspace + u * partial_floats(a, plan) : NULL);
+    }
 }
 
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
@@ -153,9 +195,18 @@ mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_attend(args, error);
     if (status != MKVQ_OK)
         return status;
-    const int64_t rows = args->q.shape[1] / args->history->kv_heads * args->q.shape[2];
-    job j = {NULL, args, args->history->kv_heads, (rows + MKVQ_TILE_ROWS - 1) / MKVQ_TILE_ROWS};
-    run(args->executor, args->history->batch * j.heads * j.tiles, attend_body, &j);
+    mkvq_attend_plan plan = plan_attend(args);
+    if (!args->workspace)
+        plan.runs = 1;
+    job j = {NULL, args, args->history->kv_heads, &plan};
+    const int64_t tiles = args->history->batch * j.heads * plan.tiles;
+    run(args->executor, tiles * plan.runs, attend_body, &j);
+    for (int64_t t = 0; plan.runs > 1 && t < tiles; t++) {
+        const int64_t head = t / plan.tiles;
+        j.kernels->merge(args, &plan, head / j.heads, head % j.heads, t % plan.tiles,
+                         (const float *)args->workspace +
+                             t * plan.runs * partial_floats(args, &plan));
+    }
     return MKVQ_OK;
 }
 

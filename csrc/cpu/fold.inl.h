@@ -1,0 +1,48 @@
+/* fold.inl.h - scales and offsets as floats, and operands for dot.inl.h.
+ *
+ * Scales are folded into what multiplies the codes, once per group of tokens or channels, so that a
+ * dot product runs over bare codes: sum_i q_i (s_i c_i + o_i) = sum_i (q_i s_i) c_i + sum_i q_i o_i.
+ * Here the lanes of a vector are the eight query rows of a tile, unused ones zero. */
+
+/* n scales and offsets of codes of `bits` bits, from two metadata planes; up to seven elements
+ * behind them are read and written too. */
+static void read_metadata(const uint8_t *scales, const uint8_t *offsets, int64_t at, int metadata,
+                          int bits, float *scale, float *offset, int n)
+{
+    const vf unit = vf_set1(mkvq_offset_unit(1.0f, bits));
+    for (int i = 0; i < n; i += 8) {
+        vf s, o;
+        if (metadata == MKVQ_META_E5M3_INT8) {
+            const vi biased = vi_add(vi_load_u8(scales + at + i), vi_set1(MKVQ_E5M3_BIAS));
+            s = vf_of_bits(vi_shl(biased, 20));
+            o = vf_mul(vf_from_vi(vi_load_i8(offsets + at + i)), vf_mul(s, unit));
+        } else {
+            s = vf_load_f16((const uint16_t *)(const void *)(scales + 2 * (at + i)));
+            o = vf_load_f16((const uint16_t *)(const void *)(offsets + 2 * (at + i)));
+        }
+        vf_store(scale + i, s);
+        vf_store(offset + i, o);
+    }
+}
+
+/* Rounds operands x[e][row], at most `top` in size, to 16 bits: pairs of entries half a column
+ * apart, and the factor that undoes it, so that the largest of every row is +-32767. */
+static void make_pairs(const float (*x)[8], int entries, int column, vf top, int32_t (*pairs)[8],
+                       float *factor)
+{
+    const int steps = column / 2;
+    const vf bound = vf_max(vf_set1(0x1p-100f), top); /* all zero: any factor will do */
+    const vf up = vf_div(vf_set1(32767.0f), bound);
+    vf_store(factor, vf_mul(bound, vf_set1(1.0f / 32767.0f)));
+    for (int e = 0; e < entries; e += column)
+        for (int j = 0; j < steps; j++, pairs++) {
+            const vi low = vi_round(vf_mul(vf_load(x[e + j]), up)),
+                     high = vi_round(vf_mul(vf_load(x[e + j + steps]), up));
+            vi_store((uint32_t *)*pairs, vi_pair16(low, high));
+        }
+}
+
+static inline vf larger(vf top, vf x)
+{
+    return vf_max(vf_abs(x), top);
+}
