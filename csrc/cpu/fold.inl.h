@@ -26,20 +26,43 @@ static void read_metadata(const uint8_t *scales, const uint8_t *offsets, int64_t
 }
 
 /* Rounds operands x[e][row], at most `top` in size, to 16 bits: pairs of entries half a column
- * apart, and the factor that undoes it, so that the largest of every row is +-32767. */
-static void make_pairs(const float (*x)[8], int entries, int column, vf top, int32_t (*pairs)[8],
-                       float *factor)
+ * apart, and the factor that undoes it, so that the largest of every row is +-32767.
+ *
+ * Returns sum_e (x[e] - rounded x[e]) * middle[e], what rounding costs if every code is the middle
+ * one: added to the result it leaves the rounding errors times codes around zero, half as large. */
+static vf make_pairs(const float (*x)[8], const float *middle, int entries, int column, vf top,
+                     int32_t (*pairs)[8], float *factor)
 {
     const int steps = column / 2;
     const vf bound = vf_max(vf_set1(0x1p-100f), top); /* all zero: any factor will do */
-    const vf up = vf_div(vf_set1(32767.0f), bound);
-    vf_store(factor, vf_mul(bound, vf_set1(1.0f / 32767.0f)));
+    const vf up = vf_div(vf_set1(32767.0f), bound), down = vf_mul(bound, vf_set1(1.0f / 32767.0f));
+    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: the sum's lowest bits are the integer */
+    vf cost0 = vf_set1(0.0f), cost1 = cost0, cost2 = cost0, cost3 = cost0; /* short chains */
+#define PAIR(j, low_cost, high_cost) \
+    { \
+        const vf a = vf_load(x[j]), b = vf_load(x[(j) + steps]); \
+        const vf low = vf_fma(a, up, magic), high = vf_fma(b, up, magic); \
+        const vf rest_a = vf_fma(a, up, vf_sub(magic, low)), \
+                 rest_b = vf_fma(b, up, vf_sub(magic, high)); \
+        low_cost = vf_fma(rest_a, vf_set1(middle[j]), low_cost); \
+        high_cost = vf_fma(rest_b, vf_set1(middle[(j) + steps]), high_cost); \
+        vi_store((uint32_t *)*pairs++, vi_pair16(vi_bits(low), vi_bits(high))); \
+    }
     for (int e = 0; e < entries; e += column)
-        for (int j = 0; j < steps; j++, pairs++) {
-            const vi low = vi_round(vf_mul(vf_load(x[e + j]), up)),
-                     high = vi_round(vf_mul(vf_load(x[e + j + steps]), up));
-            vi_store((uint32_t *)*pairs, vi_pair16(low, high));
+        for (int j = e; j < e + steps; j += 2) {
+            PAIR(j, cost0, cost1)
+            PAIR(j + 1, cost2, cost3)
         }
+#undef PAIR
+    vf_store(factor, down);
+    return vf_mul(vf_add(vf_add(cost0, cost1), vf_add(cost2, cost3)), down);
+}
+
+/* The middle code of `bits` bits, n times. */
+static void fill_middle(float *middle, int bits, int n)
+{
+    for (int i = 0; i < n; i++)
+        middle[i] = 0.5f * (float)((1 << bits) - 1);
 }
 
 static inline vf larger(vf top, vf x)

@@ -14,7 +14,8 @@ typedef struct {
 typedef struct {
     key_run runs[KEY_RUNS];
     float scale[MKVQ_MAX_HEAD_DIM + 8], offset[MKVQ_MAX_HEAD_DIM + 8];
-    float x[MAX_ENTRIES][8]; /* query times scale, in entry order */
+    float middle[MAX_ENTRIES]; /* code of each entry */
+    float x[MAX_ENTRIES][8];   /* query times scale, in entry order */
     int32_t pairs[MAX_ENTRIES / 2][8];
     float factor[KEY_RUNS][8], constant[8];
 } query_tile;
@@ -23,7 +24,7 @@ typedef struct {
  * entries begin with the half column in which they end. */
 static void find_runs(query_tile *w, const mkvq_layout *l)
 {
-    static const int column[KEY_RUNS] = {4, 8, 16, 16};
+    static const int column[KEY_RUNS] = {4, 8, 16, 16}, bits[KEY_RUNS] = {8, 4, 2, 1};
     const int *n = l->counts, of[KEY_RUNS] = {n[MKVQ_TIER_8], n[MKVQ_TIER_4],
                                               n[MKVQ_TIER_3] + n[MKVQ_TIER_2], n[MKVQ_TIER_1]};
     for (int r = 0, stored = 0, entry = 0; r < KEY_RUNS; r++) {
@@ -34,6 +35,9 @@ static void find_runs(query_tile *w, const mkvq_layout *l)
         run->entries = (run->lead + of[r] + column[r] - 1) / column[r] * column[r];
         entry += run->entries;
     }
+    for (int r = 0; r < KEY_RUNS; r++)
+        fill_middle(w->middle + w->runs[r].entry, bits[r], w->runs[r].entries);
+    fill_middle(w->middle + w->runs[2].entry, 3, n[MKVQ_TIER_3]);
 }
 
 /* Scales and offsets of one key group, in stored order. A tier's vectors run over its end and are
@@ -56,28 +60,41 @@ static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout
                          const float (*q)[8], const float *reference, int exact)
 {
     static const int column[KEY_RUNS] = {4, 8, 16, 16};
-    vf constant = vf_load(reference);
+    /* sums in four parts, for short chains */
+    vf sum0 = vf_load(reference), sum1 = vf_set1(0.0f), sum2 = sum1, sum3 = sum1;
     read_key_metadata(w, record, l, group);
     for (int r = 0; r < KEY_RUNS; r++) {
         const key_run *run = &w->runs[r];
         float (*x)[8] = w->x + run->entry;
-        vf top = vf_set1(0.0f);
-        int e = 0;
+        vf top = vf_set1(0.0f), top1 = top;
+        int e = 0, i = run->begin;
         for (; e < run->lead; e++)
             vf_store(x[e], vf_set1(0.0f));
-        for (int i = run->begin; i < run->end; i++, e++) {
-            const vf query = vf_load(q[l->order[i]]), folded = vf_mul(query, vf_set1(w->scale[i]));
-            vf_store(x[e], folded);
-            top = larger(top, folded);
-            constant = vf_fma(query, vf_set1(w->offset[i]), constant);
+#define CHANNEL(k, sum, largest) \
+    { \
+        const vf query = vf_load(q[l->order[i + k]]), \
+                 folded = vf_mul(query, vf_set1(w->scale[i + k])); \
+        vf_store(x[e + k], folded); \
+        largest = larger(largest, folded); \
+        sum = vf_fma(query, vf_set1(w->offset[i + k]), sum); \
+    }
+        for (; i + 4 <= run->end; i += 4, e += 4) {
+            CHANNEL(0, sum0, top)
+            CHANNEL(1, sum1, top1)
+            CHANNEL(2, sum2, top)
+            CHANNEL(3, sum3, top1)
         }
+        for (; i < run->end; i++, e++)
+            CHANNEL(0, sum0, top)
+#undef CHANNEL
         for (; e < run->entries; e++)
             vf_store(x[e], vf_set1(0.0f));
         if (!exact)
-            make_pairs((const float (*)[8])x, run->entries, column[r], top,
-                       w->pairs + run->entry / 2, w->factor[r]);
+            sum0 = vf_add(sum0, make_pairs((const float (*)[8])x, w->middle + run->entry,
+                                           run->entries, column[r], vf_max(top, top1),
+                                           w->pairs + run->entry / 2, w->factor[r]));
     }
-    vf_store(w->constant, constant);
+    vf_store(w->constant, vf_add(vf_add(sum0, sum1), vf_add(sum2, sum3)));
 }
 
 /* s[row][token] += scores of n tokens from t on, of the channels of one run. */

@@ -229,11 +229,6 @@ static inline vf vf_from_vi(vi x)
     return _mm256_cvtepi32_ps(x);
 }
 
-static inline vi vi_round(vf x)
-{
-    return _mm256_cvtps_epi32(x);
-}
-
 static inline vi vi_load_u8(const uint8_t *p)
 {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));

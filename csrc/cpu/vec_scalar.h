@@ -266,18 +266,6 @@ static inline vf vf_from_vi(vi x)
     return r;
 }
 
-/* nearest integers, ties to even, of |x| < 2^22; NaN and infinities give anything */
-static inline vi vi_round(vf x)
-{
-    vi r;
-    LANES(i)
-    {
-        const float n = mkvq_round(x.lane[i]);
-        r.lane[i] = n > -0x1p22f && n < 0x1p22f ? (uint32_t)(int32_t)n : 0;
-    }
-    return r;
-}
-
 /* eight bytes, eight signed bytes */
 static inline vi vi_load_u8(const uint8_t *p)
 {

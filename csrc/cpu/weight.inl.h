@@ -1,7 +1,8 @@
 /* weight.inl.h - adds probabilities times the values of a coded record to the output rows. */
 typedef struct {
     float scale[MKVQ_TILE_TOKENS + 8], offset[MKVQ_TILE_TOKENS + 8];
-    float x[MKVQ_TILE_TOKENS][8]; /* probability times scale */
+    float middle[MKVQ_TILE_TOKENS]; /* code */
+    float x[MKVQ_TILE_TOKENS][8];   /* probability times scale */
     int32_t pairs[MKVQ_TILE_TOKENS / 2][8];
     float factor[8], constant[8];
 } weight_tile;
@@ -37,14 +38,14 @@ static void fold_weights(weight_tile *w, float (*p)[MKVQ_TILE_TOKENS], const uin
             top = vf_max(x[i], top);
         }
     }
-    for (int r = 0; r < rows; r++)
-        w->constant[r] = vf_sum(constant[r]);
-    if (!exact)
-        make_pairs((const float (*)[8])w->x, n,
-                   bits == 8   ? 4
-                   : bits == 4 ? 8
-                               : 16,
-                   top, w->pairs, w->factor);
+    for (int r = 0; r < MKVQ_TILE_ROWS; r++)
+        w->constant[r] = r < rows ? vf_sum(constant[r]) : 0.0f;
+    if (exact)
+        return;
+    fill_middle(w->middle, bits, n);
+    const vf cost = make_pairs((const float (*)[8])w->x, w->middle, n,
+                               bits == 8 || bits == 4 ? 32 / bits : 16, top, w->pairs, w->factor);
+    vf_store(w->constant, vf_add(vf_load(w->constant), cost));
 }
 
 /* out[row] += sum over tokens begin ... begin + n (multiples of 32) of p[row] times decoded values,
