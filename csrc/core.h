@@ -1,7 +1,7 @@
 /* core.h - inside of the core: the kernel table that an instruction set fills, and the units of
  * work that kernels take.
  *
- * A unit is what one thread does on its own: one row and head of a pack (or a whole row), one tile
+ * A unit is what one thread does on its own: one block of a head (or of a row) of a pack, one tile
  * of query rows of an attention. Arguments have been checked. */
 #ifndef MKVQ_CORE_H
 #define MKVQ_CORE_H
@@ -22,8 +22,10 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*salience)(const mkvq_salience_args *, int64_t row, int64_t head);
-    void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head);
-    void (*pack_layer)(const mkvq_pack_args *, int64_t row); /* all heads, for ALLOCATE_LAYER */
+    /* With a reference all units of pack_reference come before the first of pack; with
+     * ALLOCATE_LAYER a unit has all heads of its row. */
+    void (*pack_reference)(const mkvq_pack_args *, int64_t row, int64_t head);
+    void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head, int64_t block);
     void (*unpack)(const mkvq_unpack_args *, int64_t row, int64_t head);
     void (*attend)(const mkvq_attend_args *, const mkvq_attend_plan *, int64_t row, int64_t head,
                    int64_t tile, int64_t run, float *partial);
@@ -47,6 +49,11 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
 static inline int mkvq_has_budget(const mkvq_codec *codec)
 {
     return codec->allocate == MKVQ_ALLOCATE_BUDGET || codec->allocate == MKVQ_ALLOCATE_LAYER;
+}
+
+static inline int mkvq_has_reference(const mkvq_codec *codec)
+{
+    return codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
 }
 
 static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,

@@ -158,7 +158,8 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error);
  * out + ((b*H + h) * max_blocks + j) * out_stride and stores the record's length in sizes[b,h,j]
  * (0 for j >= blocks[b]). Blocks of a head are taken in order; the first that becomes a coded
  * record sets mu where has_mu is 0. Slots of out may be scribbled on behind the record. Cost: one
- * pass for statistics, one for codes. One thread takes a head, or with LAYER a row. */
+ * pass for statistics, one for codes. Threads share heads until they have mu, then blocks; with LAYER
+ * rows and blocks of all heads. */
 typedef struct {
     const mkvq_codec *codec;
     mkvq_view k, v;        /* [B,H,n,D], codec->dtype */

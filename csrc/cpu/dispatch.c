@@ -107,18 +107,21 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error)
     return MKVQ_OK;
 }
 
+static void pack_reference_body(int64_t begin, int64_t end, void *ctx)
+{
+    const job *j = ctx;
+    for (int64_t u = begin; u < end; u++)
+        j->kernels->pack_reference(j->args, u / j->heads, u % j->heads);
+}
+
 static void pack_body(int64_t begin, int64_t end, void *ctx)
 {
     const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->pack(j->args, u / j->heads, u % j->heads);
-}
-
-static void pack_layer_body(int64_t begin, int64_t end, void *ctx)
-{
-    const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->pack_layer(j->args, u);
+    const mkvq_pack_args *a = j->args;
+    for (int64_t u = begin; u < end; u++) {
+        const int64_t head = u / a->max_blocks;
+        j->kernels->pack(a, head / j->heads, head % j->heads, u % a->max_blocks);
+    }
 }
 
 mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
@@ -126,16 +129,23 @@ mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_pack(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->k.shape[1], NULL};
+    const int64_t rows = args->k.shape[0], heads = args->k.shape[1];
+    if (rows == 0 || heads == 0 || args->max_blocks == 0)
+        return MKVQ_OK;
+    const int64_t block = (int64_t)args->codec->block_length * args->codec->head_dim *
+                          (2 * PACK_OPERATIONS); /* work */
+    const int layer = args->codec->allocate == MKVQ_ALLOCATE_LAYER;
+    job j = {NULL, args, layer ? 1 : heads, NULL};
+    if (mkvq_has_reference(args->codec)) {
+        int64_t unknown = 0;
+        for (int64_t i = 0; i < rows * heads; i++)
+            unknown += !args->has_mu[i] && args->blocks[i / heads] > 0;
+        run(args->executor, rows * j.heads, unknown * block, pack_reference_body, &j);
+    }
     int64_t blocks = 0;
-    for (int64_t b = 0; b < args->k.shape[0]; b++)
-        blocks += args->blocks[b];
-    const int64_t work = blocks * j.heads * args->codec->block_length * args->codec->head_dim *
-                         (2 * PACK_OPERATIONS);
-    if (args->codec->allocate == MKVQ_ALLOCATE_LAYER && j.heads > 0)
-        run(args->executor, args->k.shape[0], work, pack_layer_body, &j);
-    else
-        run(args->executor, args->k.shape[0] * j.heads, work, pack_body, &j);
+    for (int64_t b = 0; b < rows; b++)
+        blocks += args->blocks[b] * heads;
+    run(args->executor, rows * j.heads * args->max_blocks, blocks * block, pack_body, &j);
     return MKVQ_OK;
 }
 

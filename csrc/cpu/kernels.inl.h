@@ -33,5 +33,5 @@
 
 #include "attend.inl.h"
 
-const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_unit, pack_layer_unit,
+const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_reference_unit, pack_unit,
                                      unpack_unit,   attend_unit,   merge_unit};
