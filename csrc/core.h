@@ -35,7 +35,9 @@ typedef struct {
 
 extern const mkvq_kernels mkvq_kernels_scalar;
 #if defined(__x86_64__)
-extern const mkvq_kernels mkvq_kernels_avx2;
+extern const mkvq_kernels mkvq_kernels_avx2, mkvq_kernels_avx512;
+#elif defined(__aarch64__)
+extern const mkvq_kernels mkvq_kernels_neon;
 #endif
 
 const mkvq_kernels *mkvq_kernel_table(void);

@@ -4,44 +4,70 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
-static const mkvq_kernels *const tables[] = {
-    &mkvq_kernels_scalar,
+typedef struct {
+    const mkvq_kernels *kernels;
+    int (*supported)(void); /* by this CPU, and by the system: registers are saved */
+} isa_level;
+
+static int always(void)
+{
+    return 1;
+}
+
 #if defined(__x86_64__)
-    &mkvq_kernels_avx2,
+static int has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
+
+static int has_avx512(void)
+{
+#ifdef MKVQ_SIMDE /* the same source over SIMDe: see kernels_avx512.c */
+    return has_avx2();
+#else
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+}
+#endif
+
+/* Best last. */
+static const isa_level levels[] = {
+    {&mkvq_kernels_scalar, always},
+#if defined(__x86_64__)
+    {&mkvq_kernels_avx2, has_avx2},
+    {&mkvq_kernels_avx512, has_avx512},
+#elif defined(__aarch64__)
+    {&mkvq_kernels_neon, always}, /* part of the architecture */
 #endif
 };
 
-#define N_TABLES ((int)(sizeof tables / sizeof tables[0]))
+#define N_LEVELS ((int)(sizeof levels / sizeof levels[0]))
 
 static _Atomic(const mkvq_kernels *) chosen;
 
 int mkvq_isa_count(void)
 {
-    return N_TABLES;
+    return N_LEVELS;
 }
 
 const char *mkvq_isa_name(int level)
 {
-    return level >= 0 && level < N_TABLES ? tables[level]->name : NULL;
+    return level >= 0 && level < N_LEVELS ? levels[level].kernels->name : NULL;
 }
 
 int mkvq_isa_supported(int level)
 {
-    if (level < 0 || level >= N_TABLES)
-        return 0;
-#if defined(__x86_64__)
-    if (tables[level] == &mkvq_kernels_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-#endif
-    return 1;
+    return level >= 0 && level < N_LEVELS && levels[level].supported();
 }
 
 mkvq_status mkvq_set_isa(const char *name)
 {
-    for (int i = N_TABLES - 1; i >= 0; i--)
-        if (mkvq_isa_supported(i) && (!name || strcmp(name, tables[i]->name) == 0)) {
-            atomic_store_explicit(&chosen, tables[i], memory_order_release);
+    for (int i = N_LEVELS - 1; i >= 0; i--)
+        if (mkvq_isa_supported(i) && (!name || strcmp(name, levels[i].kernels->name) == 0)) {
+            atomic_store_explicit(&chosen, levels[i].kernels, memory_order_release);
             return MKVQ_OK;
         }
     return MKVQ_E_ISA;

@@ -1,13 +1,15 @@
 /* vec_avx2.h - the vector vocabulary of vec_scalar.h for AVX2 + FMA + F16C. Same names, same
- * results; only vf_fma rounds once. */
+ * results; only vf_fma rounds once. vec_avx512.h builds on it. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
 #include <immintrin.h>
 #include <math.h>
 
+#ifndef MKVQ_ISA_NAME
 #define MKVQ_ISA_NAME "avx2"
 #define MKVQ_ISA_TABLE mkvq_kernels_avx2
+#endif
 
 /* a vector operation costs what one of its lanes would */
 #define MKVQ_WIDE 1
