@@ -119,6 +119,13 @@ def test_attention_is_within_the_bound(isa, seed, codec, heads, group, queries, 
     random_attend(seed, codec, heads, group, queries, mask_kind, blocks)
 
 
+@examples(25)
+@given(*CASES[:-1], st.sampled_from([9, 17, 40]))
+def test_runs_of_blocks_are_merged(isa, seed, codec, heads, group, queries, mask_kind, blocks):
+    """Rows of a batch have different numbers of blocks, some none in some runs."""
+    random_attend(seed, codec, min(heads, 2), group, min(queries, 4), mask_kind, blocks)
+
+
 @pytest.mark.slow
 @examples(2000, fixed=False)
 @given(*CASES)
@@ -127,10 +134,38 @@ def test_attention_is_within_the_bound_at_length(isa, seed, codec, heads, group,
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("preset", ["default", "compact", "kivi-2", "lossless"])
+@pytest.mark.parametrize("preset", ["default", "compact", "near-lossless", "paper", "kivi-2", "kivi-4", "lossless"])
 def test_presets_are_within_the_bound(isa, preset, head_dim):
     codec = MixKVQConfig.preset(preset).codec(head_dim, DTYPES[head_dim // 8 % 3])
     random_attend(head_dim, codec, 2, 4, 1, "causal", 6)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("value_bits", [1, 2, 3, 4, 8])
+def test_every_number_of_query_rows(isa, group, value_bits):
+    """Every kernel is compiled once per number of rows that share a pass."""
+    config = MixKVQConfig.preset("default", value_bits=value_bits, residual_length=64, block_length=64)
+    random_attend(value_bits, config.codec(80, "float32"), 2, group, 1, "none", 4)
+
+
+def test_outlier_channels_are_within_the_default_bound(isa):
+    """A channel with large keys and queries sets the scale of all 16-bit operands of its tier."""
+    from mixkvq import arrays
+
+    rng = np.random.default_rng(5)
+    width = np.exp(rng.standard_normal(128))
+    width[[3, 77]] *= 8
+    k = (rng.standard_normal((256, 128)) * width / 2).astype(np.float32)
+    v = rng.standard_normal((256, 128)).astype(np.float32)
+    q = (rng.standard_normal((1, 4, 2, 128)) * np.exp(0.6 * rng.standard_normal(128))).astype(np.float32)
+    none = np.zeros((1, 1, 0, 128), np.float32)
+    for preset in ("default", "compact", "near-lossless", "kivi-2", "kivi-4"):
+        codec = MixKVQConfig.preset(preset).codec(128, "float32")
+        records, mu, _ = reference.pack_head(codec, k, v, np.sqrt((q**2).mean((0, 1, 2))).astype(np.float32))
+        mu = None if mu is None else mu[None, None]
+        expected = reference.attend(q, [[records]], none, none, [0], mu=mu)
+        got = arrays.attend(q, [[records]], none, none, [0], mu=mu)
+        assert (np.linalg.norm(got - expected, axis=-1) <= 2e-3 * np.linalg.norm(expected, axis=-1)).all()
 
 
 def plain(dim=16, tokens=96, dtype="float32", poison=None):

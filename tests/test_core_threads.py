@@ -87,3 +87,34 @@ def test_packing_gives_the_same_bytes_for_any_number_of_threads(isa, monkeypatch
     lines = python(POOL + CASES).splitlines()
     assert len(lines) == 6
     assert lines[0].endswith("[[1, 1, 1], [0, 1, 1]]")
+
+
+ATTEND = """
+import itertools
+
+for preset, precision in itertools.product(("default", "lossless"), ("default", "exact")):
+    codec = MixKVQConfig.preset(preset, block_length=64, residual_length=64).codec(64, "float32")
+    keys = rng.standard_normal((1, 3, 64 * 21, 64)).astype(np.float32)
+    packed = arrays.pack(codec, keys, -keys, first=[0], blocks=[21])
+    q = rng.standard_normal((1, 12, 5, 64)).astype(np.float32)
+
+    def attend():
+        return arrays.attend(
+            q, packed.records, keys[:, :, :70], keys[:, :, 5:75], [70], mu=packed.mu, sink_length=4, mask="causal",
+            precision=precision,
+        )
+
+    _core.set_executor_address(0)
+    alone = attend()
+    _core.set_executor_address(ctypes.cast(pool, ctypes.c_void_p).value)
+    for threads in (1, 2, 3, 7):
+        loops.clear()
+        assert attend().tobytes() == alone.tobytes(), (preset, precision, threads)
+        assert loops == [3 * 3 * 5], loops
+    print("same")
+"""
+
+
+def test_attention_gives_the_same_bytes_for_any_number_of_threads():
+    """Three heads, three tiles of query rows each, cut into five runs of blocks."""
+    assert python(POOL + ATTEND).split() == ["same"] * 4
