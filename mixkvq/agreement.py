@@ -92,10 +92,7 @@ class Agreement:
             or compat.attention_weights_wanted()
         ):
             return False
-        for name, value in self.watched:
-            if arguments[name] is not value:
-                return False
-        return True
+        return all(arguments[name] is value for name, value in self.watched)
 
 
 def attend_as_agreed(function: str, args: tuple[Any, ...], arguments: dict[str, Any]) -> torch.Tensor | None:
