@@ -459,8 +459,8 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
     REQUIRE(isfinite(a->scaling), MKVQ_E_VALUE, "scaling", 0, "finite");
     REQUIRE(a->mask_kind >= 0 && a->mask_kind <= MKVQ_MASK_ARRAY, MKVQ_E_VALUE, "mask_kind",
             a->mask_kind, "0, 1 or 2");
-    REQUIRE(a->precision >= 0 && a->precision <= MKVQ_PRECISION_EXACT, MKVQ_E_VALUE, "precision",
-            a->precision, "0 or 1");
+    REQUIRE(a->precision >= 0 && a->precision <= MKVQ_PRECISION_FAST, MKVQ_E_VALUE, "precision",
+            a->precision, "0, 1 or 2");
     REQUIRE(h->batch == 0 || a->exact, MKVQ_E_NULL, "exact", 0, "an address");
     REQUIRE(!a->workspace || a->workspace_bytes >= mkvq_attend_workspace(a), MKVQ_E_SPACE,
             "workspace", a->workspace_bytes, "mkvq_attend_workspace bytes, or NULL");

@@ -220,8 +220,9 @@ mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error);
 /* ---- attention ------------------------------------------------------------------------------- */
 /* How codes are multiplied. DEFAULT: queries and probabilities as 16-bit integers, relative L2 error
  * against float64 attention on the unpacked values below 2e-3; EXACT: float32, below 1e-5. Exact
- * tokens and channels are always multiplied in float32. */
-typedef enum { MKVQ_PRECISION_DEFAULT, MKVQ_PRECISION_EXACT } mkvq_precision;
+ * tokens and channels are always multiplied in float32. FAST: as DEFAULT, but queries as 8-bit integers
+ * where they meet columns of two-bit keys only; below 6e-2. */
+typedef enum { MKVQ_PRECISION_DEFAULT, MKVQ_PRECISION_EXACT, MKVQ_PRECISION_FAST } mkvq_precision;
 
 /* out = softmax(cap(scaling * q k^T) + mask) v over, per row, sinks, packed blocks and window,
  * in this order. Let N_b = exact[b] + tokens in blocks: token t of row b is column start[b] + t

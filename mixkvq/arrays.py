@@ -20,7 +20,7 @@ from .config import ALLOCATE, BlockCodec
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3}
 """The core's codes of element types (``mkvq_dtype``)."""
 
-PRECISIONS = {"default": 0, "exact": 1}
+PRECISIONS = {"default": 0, "exact": 1, "fast": 2}
 """The core's codes of how attention multiplies (``mkvq_precision``)."""
 
 _NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}

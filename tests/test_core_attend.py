@@ -14,7 +14,7 @@ from mixkvq import reference
 from mixkvq.config import BlockCodec, MixKVQConfig
 
 pytest_plugins = ["core_fixtures"]
-BOUNDS = {"exact": 1e-5, "default": 2e-3}
+BOUNDS = {"exact": 1e-5, "default": 2e-3, "fast": 6e-2}
 
 
 def history(rng: np.random.Generator, codec: BlockCodec, batch: int, heads: int, max_blocks: int, exact_share: float):

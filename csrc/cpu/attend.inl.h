@@ -177,12 +177,12 @@ static int64_t attend_record(attend_state *w, const uint8_t *record, const uint1
         attend_exact(w, record + l.exact_keys, record + l.values, &dense, &dense, tokens, position);
         return tokens;
     }
-    find_runs(&w->queries, &l);
+    find_runs(&w->queries, record, &l, w->args->precision);
     reference_of(w, &l, mu, reference);
     for (int t = 0; t < tokens; t += MKVQ_TILE_TOKENS) {
         const int n = tokens - t < MKVQ_TILE_TOKENS ? tokens - t : MKVQ_TILE_TOKENS;
         score_coded(w->s, record, &l, &w->queries, (const float (*)[8])w->q_of, reference, w->rows,
-                    t, n, w->exact);
+                    t, n, w->args->precision);
         mask_scores(w, position + t, n);
         soften(w, n);
         if (!l.head.value_bits) {

@@ -8,11 +8,13 @@
  *
  * dot16: operands are 16-bit integers. A step multiplies the codes of two entries, one in each
  * half of a 32-bit lane, by a pair of operands; sums are 32-bit integers, which 256 channels of
- * eight-bit codes cannot overflow. dotf: operands are floats, a step is one entry.
+ * eight-bit codes cannot overflow. dot8, of two-bit codes only: operands are bytes, a step
+ * multiplies four entries, one in each byte of a lane. dotf: operands are floats, a step is one
+ * entry.
  *
  * Sums are named, not an array: gcc keeps arrays in memory once a loop runs over them. Functions
  * are copied for every number of rows, which must be a constant for the sums to be registers. */
-typedef enum { DOT_8, DOT_4, DOT_3, DOT_2, DOT_1, DOT_KINDS } dot_kind;
+typedef enum { DOT_8, DOT_4, DOT_3, DOT_2, DOT_1, DOT_BYTES } dot_kind; /* DOT_BYTES: dot8 */
 
 typedef struct {
     const uint32_t *words; /* of the first column, at the first lane */
@@ -24,13 +26,14 @@ typedef struct {
 } dot_columns;
 
 /* Operands of entry e in a column of 2n: dot16 pairs[e % n] of the column, entry e < n in the lower
- * half; dotf x[e]. Eight rows each. */
+ * half; dot8 pairs[e % 4], byte e / 4; dotf x[e]. Eight rows each. */
 typedef struct {
     const int32_t (*pairs)[8];
     const float (*x)[8];
 } dot_operands;
 
 #define ALL_THIRD_BITS 0x0f0f0f0fu
+#define BYTE_COLUMNS 10 /* of one dot8 at most: 40 steps */
 
 /* Entries of a column, or of a half column of single bits. */
 static inline int entries_of(int kind)
@@ -50,6 +53,8 @@ static MKVQ_INLINE wi codes_at(wi words, wi third, int j, const int kind, const 
         return wi_and1(wi_shr(words, 4 * j), 15 * both);
     if (kind == DOT_1)
         return wi_and1(wi_shr(words, one), both);
+    if (kind == DOT_BYTES)
+        return wi_and1(wi_shr(words, 2 * j), 0x03030303u);
     const wi low = wi_and1(wi_shr(words, 2 * j), 3 * both);
     return kind == DOT_2 ? low : wi_or(low, wi_and1(wi_shr(third, one), 4 * both));
 }
@@ -84,15 +89,15 @@ typedef struct {
 } sumsf;
 
 /* One step of one vector a, or of two, a and b. */
-static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t *pairs, const int rows,
-                               const int two)
+static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t *pairs, const int kind,
+                               const int rows, const int two)
 {
 #define ROW(r) \
     if (rows > r) { \
         const wi q = wi_set1((uint32_t)pairs[r]); \
-        s->a##r = wi_dot16(s->a##r, a, q); \
+        s->a##r = kind == DOT_BYTES ? wi_dot8(s->a##r, a, q) : wi_dot16(s->a##r, a, q); \
         if (two) \
-            s->b##r = wi_dot16(s->b##r, b, q); \
+            s->b##r = kind == DOT_BYTES ? wi_dot8(s->b##r, b, q) : wi_dot16(s->b##r, b, q); \
     }
     DOT_ROWS(ROW)
 #undef ROW
@@ -112,6 +117,11 @@ static MKVQ_INLINE void stepf(sumsf *s, wi a, wi b, const float *x, const int ro
 #undef ROW
 }
 
+static MKVQ_INLINE wf total(wi sum, const int kind)
+{
+    return wf_from_wi(kind == DOT_BYTES ? wi_dot8_total(sum) : sum);
+}
+
 static MKVQ_INLINE void add_to(float *out, int lanes, wf sum, float factor, float bias)
 {
     const wf before = wf_add(wf_load(out, lanes), wf_set1(bias));
@@ -125,7 +135,7 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
                                       const int two)
 {
     sums16 s;
-    const int steps = entries_of(kind) / 2;
+    const int steps = kind == DOT_BYTES ? 4 : entries_of(kind) / 2;
     const int32_t (*pairs)[8] = o->pairs;
 #define ROW(r) s.a##r = s.b##r = wi_set1(0);
     DOT_ROWS(ROW)
@@ -140,14 +150,14 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
         MKVQ_UNROLL(8)
         for (int j = 0; j < steps; j++)
             step16(&s, codes_at(a, third_a, j, kind, 1), codes_at(b, third_b, j, kind, 1), pairs[j],
-                   rows, two);
+                   kind, rows, two);
     }
 #define ROW(r) \
     if (rows > r) { \
         float *p = out + r * out_step + at; \
-        add_to(p, two ? MKVQ_LANES : lanes, wf_from_wi(s.a##r), factor[r], bias[r]); \
+        add_to(p, two ? MKVQ_LANES : lanes, total(s.a##r, kind), factor[r], bias[r]); \
         if (two) \
-            add_to(p + MKVQ_LANES, lanes, wf_from_wi(s.b##r), factor[r], bias[r]); \
+            add_to(p + MKVQ_LANES, lanes, total(s.b##r, kind), factor[r], bias[r]); \
     }
     DOT_ROWS(ROW)
 #undef ROW
@@ -224,6 +234,7 @@ DOT_FUNCTION(dot16_4, dot16_vectors, DOT_4)
 DOT_FUNCTION(dot16_3, dot16_vectors, DOT_3)
 DOT_FUNCTION(dot16_2, dot16_vectors, DOT_2)
 DOT_FUNCTION(dot16_1, dot16_vectors, DOT_1)
+DOT_FUNCTION(dot8_2, dot16_vectors, DOT_BYTES)
 DOT_FUNCTION(dotf_8, dotf_vectors, DOT_8)
 DOT_FUNCTION(dotf_4, dotf_vectors, DOT_4)
 DOT_FUNCTION(dotf_3, dotf_vectors, DOT_3)
@@ -233,5 +244,5 @@ DOT_FUNCTION(dotf_1, dotf_vectors, DOT_1)
 typedef void (*dot_function)(const dot_columns *, const dot_operands *, float *, int64_t,
                              const float *, const float *, int, int);
 
-static const dot_function dot16[DOT_KINDS] = {dot16_8, dot16_4, dot16_3, dot16_2, dot16_1};
-static const dot_function dotf[DOT_KINDS] = {dotf_8, dotf_4, dotf_3, dotf_2, dotf_1};
+static const dot_function dot16[] = {dot16_8, dot16_4, dot16_3, dot16_2, dot16_1, dot8_2};
+static const dot_function dotf[] = {dotf_8, dotf_4, dotf_3, dotf_2, dotf_1};

@@ -25,6 +25,11 @@ static void read_metadata(const uint8_t *scales, const uint8_t *offsets, int64_t
     }
 }
 
+static inline vf larger(vf top, vf x)
+{
+    return vf_max(vf_abs(x), top);
+}
+
 /* Rounds operands x[e][row], at most `top` in size, to 16 bits: pairs of entries half a column
  * apart, and the factor that undoes it, so that the largest of every row is +-32767.
  *
@@ -65,7 +70,22 @@ static void fill_middle(float *middle, int bits, int n)
         middle[i] = 0.5f * (float)((1 << bits) - 1);
 }
 
-static inline vf larger(vf top, vf x)
+/* The same for entries of two-bit codes, rounded to 8 bits, four of a column in a dword. */
+static vf make_bytes(const float (*x)[8], int entries, vf top, int32_t (*bytes)[8], float *factor)
 {
-    return vf_max(vf_abs(x), top);
+    const vf bound = vf_max(vf_set1(0x1p-100f), top), magic = vf_set1(12582912.0f);
+    const vf up = vf_div(vf_set1(127.0f), bound), down = vf_mul(bound, vf_set1(1.0f / 127.0f));
+    vf cost = vf_set1(0.0f);
+    for (int e = 0; e < entries; e += 16)
+        for (int j = e; j < e + 4; j++, bytes++) {
+            vi four = vi_set1(0);
+            for (int k = 0; k < 4; k++) {
+                const vf a = vf_load(x[j + 4 * k]), whole = vf_fma(a, up, magic);
+                cost = vf_add(cost, vf_fma(a, up, vf_sub(magic, whole)));
+                four = vi_or(four, vi_shl(vi_and1(vi_bits(whole), 255), 8 * k));
+            }
+            vi_store((uint32_t *)*bytes, four);
+        }
+    vf_store(factor, down);
+    return vf_mul(cost, vf_mul(down, vf_set1(1.5f)));
 }

@@ -1,14 +1,16 @@
 /* query.inl.h - scores of a tile of query rows against the keys of a coded record. */
 
 /* Columns are filled up, the one-bit ones also at the front: see find_runs. */
-#define MAX_ENTRIES (MKVQ_MAX_HEAD_DIM + 64)
-#define KEY_RUNS 4 /* 8 bits, 4, 3 and 2, 1 */
+#define MAX_ENTRIES (MKVQ_MAX_HEAD_DIM + 96)
+#define KEY_RUNS 5
 
-/* Channels of one width of columns. */
+/* Coded channels whose columns are read in one way. */
 typedef struct {
-    int begin, end;     /* in stored order */
-    int entry, entries; /* of its columns */
-    int lead;           /* entries before the first channel, of zero weight */
+    dot_kind kind;
+    dot_columns columns; /* at token 0 */
+    int begin, end;      /* channels in stored order */
+    int lead;            /* entries before the first channel, of zero weight */
+    int entry, entries;  /* of the columns, among those of all runs */
 } key_run;
 
 typedef struct {
@@ -20,24 +22,42 @@ typedef struct {
     float factor[KEY_RUNS][8], constant[8];
 } query_tile;
 
-/* The one-bit tier shares its columns with the third bits of the 3-bit tier, which come first; its
- * entries begin with the half column in which they end. */
-static void find_runs(query_tile *w, const mkvq_layout *l)
+/* The runs of a record: columns of 8 bits, of 4, two-bit columns with third bits, two-bit columns
+ * without, one-bit columns. The last column with third bits may hold channels of two bits; the one-
+ * bit tier begins in the half column in which the third bits end. */
+static void find_runs(query_tile *w, const uint8_t *record, const mkvq_layout *l, int precision)
 {
-    static const int column[KEY_RUNS] = {4, 8, 16, 16}, bits[KEY_RUNS] = {8, 4, 2, 1};
-    const int *n = l->counts, of[KEY_RUNS] = {n[MKVQ_TIER_8], n[MKVQ_TIER_4],
-                                              n[MKVQ_TIER_3] + n[MKVQ_TIER_2], n[MKVQ_TIER_1]};
+    static const uint8_t bits[KEY_RUNS] = {8, 4, 2, 2, 1};
+    const int *n = l->counts, *columns = l->columns, threes = n[MKVQ_TIER_3],
+              with = (threes + 15) / 16, two_bit = threes + n[MKVQ_TIER_2],
+              mixed = 16 * with < two_bit ? 16 * with : two_bit;
+    const int of[KEY_RUNS] = {n[MKVQ_TIER_8], n[MKVQ_TIER_4], mixed, two_bit - mixed,
+                              n[MKVQ_TIER_1]};
+    const int one_bit = columns[0] + columns[1] + columns[2];
+    const int first[KEY_RUNS] = {0, columns[0], columns[0] + columns[1],
+                                 columns[0] + columns[1] + with, one_bit + threes / 32};
+    const uint32_t *words = (const uint32_t *)(const void *)(record + l->key_columns);
+    const int64_t tokens = l->head.tokens;
     for (int r = 0, stored = 0, entry = 0; r < KEY_RUNS; r++) {
         key_run *run = &w->runs[r];
-        run->lead = r == KEY_RUNS - 1 && of[r] ? n[MKVQ_TIER_3] % 16 : 0;
+        const int column = entries_of(r);
+        run->kind = r == DOT_2 && precision == MKVQ_PRECISION_FAST ? DOT_BYTES : (dot_kind)r;
         run->begin = stored, run->end = stored += of[r];
+        run->lead = r == DOT_1 && of[r] ? threes % 16 : 0;
         run->entry = entry;
-        run->entries = (run->lead + of[r] + column[r] - 1) / column[r] * column[r];
+        run->entries = (run->lead + of[r] + column - 1) / column * column;
+        run->columns = (dot_columns){.words = words + first[r] * tokens,
+                                     .third = words + one_bit * tokens,
+                                     .step = tokens,
+                                     .columns = run->entries / column,
+                                     .upper = r == DOT_1 && threes / 16 % 2,
+                                     .tail = ALL_THIRD_BITS};
+        fill_middle(w->middle + entry, bits[r], run->entries);
         entry += run->entries;
     }
-    for (int r = 0; r < KEY_RUNS; r++)
-        fill_middle(w->middle + w->runs[r].entry, bits[r], w->runs[r].entries);
-    fill_middle(w->middle + w->runs[2].entry, 3, n[MKVQ_TIER_3]);
+    for (int i = 16 * with - 1; i >= threes; i--)
+        w->runs[DOT_3].columns.tail &= ~(1u << mkvq_one_bit(i % 16));
+    fill_middle(w->middle + w->runs[DOT_3].entry, 3, threes);
 }
 
 /* Scales and offsets of one key group, in stored order. A tier's vectors run over its end and are
@@ -57,15 +77,15 @@ static void read_key_metadata(query_tile *w, const uint8_t *record, const mkvq_l
 /* Operands of one key group for q[channel][row]; constant[row] = reference[row] + sum of q times
  * offset. */
 static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout *l, int group,
-                         const float (*q)[8], const float *reference, int exact)
+                         const float (*q)[8], const float *reference, int precision)
 {
-    static const int column[KEY_RUNS] = {4, 8, 16, 16};
     /* sums in four parts, for short chains */
     vf sum0 = vf_load(reference), sum1 = vf_set1(0.0f), sum2 = sum1, sum3 = sum1;
     read_key_metadata(w, record, l, group);
     for (int r = 0; r < KEY_RUNS; r++) {
         const key_run *run = &w->runs[r];
         float (*x)[8] = w->x + run->entry;
+        int32_t (*pairs)[8] = w->pairs + run->entry / 2;
         vf top = vf_set1(0.0f), top1 = top;
         int e = 0, i = run->begin;
         for (; e < run->lead; e++)
@@ -89,51 +109,17 @@ static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout
 #undef CHANNEL
         for (; e < run->entries; e++)
             vf_store(x[e], vf_set1(0.0f));
-        if (!exact)
-            sum0 = vf_add(sum0, make_pairs((const float (*)[8])x, w->middle + run->entry,
-                                           run->entries, column[r], vf_max(top, top1),
-                                           w->pairs + run->entry / 2, w->factor[r]));
+        top = vf_max(top, top1);
+        if (precision == MKVQ_PRECISION_EXACT || !run->entries)
+            continue;
+        const vf cost =
+            run->kind == DOT_BYTES
+                ? make_bytes((const float (*)[8])x, run->entries, top, pairs, w->factor[r])
+                : make_pairs((const float (*)[8])x, w->middle + run->entry, run->entries,
+                             entries_of(run->kind), top, pairs, w->factor[r]);
+        sum0 = vf_add(sum0, cost);
     }
     vf_store(w->constant, vf_add(vf_add(sum0, sum1), vf_add(sum2, sum3)));
-}
-
-/* s[row][token] += scores of n tokens from t on, of the channels of one run. */
-static void score_run(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,
-                      const query_tile *w, int r, int rows, int t, int n, int exact)
-{
-    static const float one[8] = {1, 1, 1, 1, 1, 1, 1, 1}, zero[8] = {0};
-    const key_run *run = &w->runs[r];
-    const int64_t tokens = l->head.tokens;
-    const int *columns = l->columns, third = l->counts[MKVQ_TIER_3];
-    const uint32_t *words = (const uint32_t *)(const void *)(record + l->key_columns) + t,
-                   *two_bit = words + (columns[0] + columns[1]) * tokens,
-                   *one_bit = two_bit + columns[2] * tokens;
-    const float *factor = exact ? one : w->factor[r];
-    const dot_function *dot = exact ? dotf : dot16;
-    dot_operands o = {w->pairs + run->entry / 2, (const float (*)[8])w->x + run->entry};
-    if (r < 2) {
-        const dot_columns d = {.words = r ? words + columns[0] * tokens : words,
-                               .step = tokens,
-                               .columns = columns[r]};
-        dot[r ? DOT_4 : DOT_8](&d, &o, s[0], MKVQ_TILE_TOKENS, factor, zero, n, rows);
-    } else if (r == 2) { /* columns with and without third bits */
-        const int with = (third + 15) / 16;
-        dot_columns d = {two_bit, one_bit, tokens, with, 0, ALL_THIRD_BITS};
-        for (int i = 16 * with - 1; i >= third; i--)
-            d.tail &= ~(1u << mkvq_one_bit(i % 16));
-        if (with)
-            dot[DOT_3](&d, &o, s[0], MKVQ_TILE_TOKENS, factor, zero, n, rows);
-        d.words += with * tokens, d.columns = columns[2] - with;
-        o.pairs += 8 * with, o.x += 16 * with;
-        if (d.columns)
-            dot[DOT_2](&d, &o, s[0], MKVQ_TILE_TOKENS, factor, zero, n, rows);
-    } else {
-        const dot_columns d = {.words = one_bit + third / 32 * tokens,
-                               .step = tokens,
-                               .columns = run->entries / 16,
-                               .upper = third / 16 % 2};
-        dot[DOT_1](&d, &o, s[0], MKVQ_TILE_TOKENS, factor, zero, n, rows);
-    }
 }
 
 /* s[row][token] += scores of n tokens from t on, of the exact channels. */
@@ -154,24 +140,35 @@ static void score_exact_channels(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *re
     }
 }
 
-/* Scores of tokens begin ... begin + n of a coded record, both multiples of 32. reference[row]: sum
- * of q mu over the coded channels. */
+/* Scores of tokens begin ... begin + n of a coded record, both multiples of 32, of which find_runs
+ * has been told. reference[row]: sum of q mu over the coded channels. */
 static void score_coded(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,
                         query_tile *w, const float (*q)[8], const float *reference, int rows,
-                        int begin, int n, int exact)
+                        int begin, int n, int precision)
 {
-    const int group = l->head.key_group;
+    static const float one[8] = {1, 1, 1, 1, 1, 1, 1, 1}, zero[8] = {0};
+    const int group = l->head.key_group, exact = precision == MKVQ_PRECISION_EXACT;
     for (int t = 0, count; t < n; t += count) {
         const int token = begin + t, rest = group - token % group;
         float (*to)[MKVQ_TILE_TOKENS] = (float (*)[MKVQ_TILE_TOKENS])(s[0] + t);
         count = rest < n - t ? rest : n - t;
-        fold_queries(w, record, l, token / group, q, reference, exact);
+        fold_queries(w, record, l, token / group, q, reference, precision);
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < count; i += 8)
                 vf_store(to[r] + i, vf_set1(w->constant[r]));
-        for (int r = 0; r < KEY_RUNS; r++)
-            if (w->runs[r].entries)
-                score_run(to, record, l, w, r, rows, token, count, exact);
+        for (int r = 0; r < KEY_RUNS; r++) {
+            const key_run *run = &w->runs[r];
+            dot_operands o = {w->pairs + run->entry / 2, (const float (*)[8])w->x + run->entry};
+            dot_columns d = run->columns;
+            int left = d.columns;
+            d.words += token, d.third += token;
+            for (; left > 0; left -= d.columns, d.words += d.columns * d.step) {
+                d.columns = run->kind == DOT_BYTES && left > BYTE_COLUMNS ? BYTE_COLUMNS : left;
+                (exact ? dotf : dot16)[run->kind](&d, &o, to[0], MKVQ_TILE_TOKENS,
+                                                  exact ? one : w->factor[r], zero, count, rows);
+                o.pairs += 4 * d.columns; /* of dot8; the others have taken all columns */
+            }
+        }
         score_exact_channels(to, record, l, q, rows, token, count);
     }
 }

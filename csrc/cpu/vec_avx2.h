@@ -255,6 +255,19 @@ static inline vi vi_dot16(vi sum, vi a, vi b)
     return sum;
 }
 
+/* 16-bit sums: 40 steps of two products of at most 3 * 127 fit */
+static inline vi vi_dot8(vi sum, vi a, vi b)
+{
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+static inline vi vi_dot8_total(vi sum)
+{
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
 static inline vf vf_pow2(vf n)
 {
     return _mm256_castsi256_ps(

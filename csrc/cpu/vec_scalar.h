@@ -297,6 +297,21 @@ static inline vi vi_dot16(vi sum, vi a, vi b)
     return sum;
 }
 
+/* For sums of products of bytes 0 ... 3 of a with signed bytes of b: vi_dot8_total turns the sum of up
+ * to 40 steps, of four products each, into an integer. */
+static inline vi vi_dot8(vi sum, vi a, vi b)
+{
+    LANES(i)
+    for (int k = 0; k < 32; k += 8)
+        sum.lane[i] += (uint32_t)((int)(a.lane[i] >> k & 255) * (int8_t)(b.lane[i] >> k));
+    return sum;
+}
+
+static inline vi vi_dot8_total(vi sum)
+{
+    return sum;
+}
+
 /* 2^n of whole floats -126 <= n <= 127 */
 static inline vf vf_pow2(vf n)
 {

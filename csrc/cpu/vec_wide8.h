@@ -1,5 +1,5 @@
 /* vec_wide8.h - the wide vocabulary, in which codes are multiplied, where a vector has eight lanes:
- * names for the eight-lane vocabulary, of which an instruction set adds vi_dot16.
+ * names for the eight-lane vocabulary.
  *
  * wi and wf are vectors of MKVQ_LANES integers or floats. Loads and stores take the number of lanes
  * that count; here it is always eight. */
@@ -47,6 +47,16 @@ static inline wi wi_shr(wi a, int count)
 static inline wi wi_dot16(wi sum, wi codes, wi operands)
 {
     return vi_dot16(sum, codes, operands);
+}
+
+static inline wi wi_dot8(wi sum, wi codes, wi operands)
+{
+    return vi_dot8(sum, codes, operands);
+}
+
+static inline wi wi_dot8_total(wi sum)
+{
+    return vi_dot8_total(sum);
 }
 
 static inline wf wf_from_wi(wi a)

@@ -56,11 +56,9 @@ static void value_coded(float (*out)[MKVQ_MAX_HEAD_DIM], float (*p)[MKVQ_TILE_TO
 {
     static const float one[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     const int dim = l->head.head_dim, bits = l->head.value_bits;
-    const dot_kind kind = bits == 8   ? DOT_8
-                          : bits == 4 ? DOT_4
-                          : bits == 3 ? DOT_3
-                          : bits == 2 ? DOT_2
-                                      : DOT_1;
+    static const dot_kind kinds[9] = {
+        [8] = DOT_8, [4] = DOT_4, [3] = DOT_3, [2] = DOT_2, [1] = DOT_1};
+    const dot_kind kind = kinds[bits];
     const uint32_t *words = (const uint32_t *)(const void *)(record + l->values);
     const dot_operands o = {w->pairs, (const float (*)[8])w->x};
     dot_columns d = {.step = dim, .columns = n / entries_of(kind), .tail = ALL_THIRD_BITS};
