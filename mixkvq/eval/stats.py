@@ -53,6 +53,11 @@ def mean_interval(x: Doubles) -> Interval:
     return _bootstrap((x,), lambda a, axis: a.mean(axis))
 
 
+def median_interval(x: Doubles) -> Interval:
+    """Median of independent units with its 95 % interval (NaN bounds for a single unit)."""
+    return _bootstrap((x,), lambda a, axis: np.median(a, axis))
+
+
 def ratio_interval(x: Doubles, y: Doubles) -> Interval:
     """mean(x) / mean(y) of paired units with its 95 % interval.
 
