@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from mixkvq import MixKVQConfig, reference
+from mixkvq import MixKVQConfig, ops, reference
 from mixkvq.bench import kernels, plain, systems
 from mixkvq.bench.bars import Bar, break_even, kernel_sheet, per_head
 from mixkvq.bench.check import WrongResult, check, exact_attention, relative_error
@@ -119,7 +119,7 @@ def test_every_formulation_computes_attention(group: int) -> None:
     np.testing.assert_allclose(want.view(2, group, 16), by_hand, rtol=1e-12, atol=1e-14)
     for name, function in plain.formulations(group).items():
         assert relative_error(function(q, k, v), want) < 1e-5, name
-    got = systems.attend(plain.window(k, v), q, "exact").view_as(q)
+    got = ops.attend(plain.window(k, v), q, precision="exact").view_as(q)
     assert relative_error(got, want) < 1e-5
 
 
@@ -135,12 +135,12 @@ def test_the_error_is_that_of_the_worst_head() -> None:
 
 
 def test_a_wrong_result_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = systems.attend
+    real = ops.attend
 
-    def shifted(layer: Any, q: Any, precision: str) -> Any:
-        return real(layer, q, precision) * (1 + 3e-5 * (precision == "exact"))
+    def shifted(layer: Any, q: Any, *, precision: str) -> Any:
+        return real(layer, q, precision=precision) * (1 + 3e-5 * (precision == "exact"))
 
-    monkeypatch.setattr(systems, "attend", shifted)
+    monkeypatch.setattr(ops, "attend", shifted)
     monkeypatch.setattr(kernels, "last_level_cache", lambda: CACHE)
     log = Log(tmp_path / "rows.jsonl", {})
     with pytest.raises(WrongResult, match=r"compact, exact: relative error 3.*must be at most 1e-05"):

@@ -20,8 +20,8 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def case(self, name: str, cost: float, *, warm: bool = False) -> Case:
-        return Case(name, self.spend(name, cost), warm)
+    def case(self, name: str, cost: float) -> Case:
+        return Case(name, self.spend(name, cost))
 
     def spend(self, name: str, cost: float) -> Callable[[], None]:
         def call() -> None:
@@ -63,11 +63,16 @@ def test_every_round_has_its_own_order() -> None:
     assert len(set(rounds)) > 12
 
 
-def test_a_warm_case_is_called_before_it_is_timed() -> None:
+def test_what_comes_before_is_not_timed() -> None:
     clock = Clock()
-    times = take_turns([clock.case("warm", 0.5, warm=True), clock.case("cold", 0.5)], 0.1, rounds=8, clock=clock)
-    assert clock.calls.count("warm") == 2 + 16 and clock.calls.count("cold") == 2 + 8
-    assert times["warm"] == times["cold"] == [0.5] * 8
+    prepared = Case("a", clock.spend("a", 0.5), before=clock.spend("before", 7.0))
+    times = take_turns([prepared, clock.case("b", 0.5)], 0.1, rounds=8, clock=clock)
+    assert clock.calls[4:] == [name for call in clock.calls[4:] if call in "ab" for name in _with_before(call)]
+    assert clock.calls.count("before") == 8 and times["a"] == times["b"] == [0.5] * 8
+
+
+def _with_before(call: str) -> list[str]:
+    return ["before", "a"] if call == "a" else ["b"]
 
 
 def test_progress_counts_rounds() -> None:

@@ -46,6 +46,13 @@ IN_CACHE = {1: 9.5, 4: 22.0, 8: 38.0}
 STEP_GROUP, STEP_TOKENS = 4, 4096
 STEP = (Bar("exact", 6, 15), Bar("hqq-2", 10, 25))
 
+TOKENS_LENGTH = 4096
+DECODE_BAR = Bar("exact", 1.3, 1.8)
+"""Decoding on a real model at `TOKENS_LENGTH`; elsewhere the interval has to reach `LEAST_DECODE`."""
+LEAST_DECODE = 0.95
+PREFILL_BAR, FLUSH_BAR = 1.15, 2.0
+"""At most: reading a prompt relative to `DynamicCache`, a step that packs relative to one that does not."""
+
 
 def per_head(row: Row, seconds: float) -> float:
     """Microseconds per 1024 tokens and KV head."""

@@ -56,13 +56,41 @@ def _kernel_lines(rows: list[Row]) -> dict[str, Row | None]:
     return {**packed, **torch, **core}
 
 
-def kernels(path: Path, rows: Sequence[Row], machine: str) -> None:
-    """Time of one decode step's attention over tokens, a panel per group: largest head_dim, fewest threads."""
+def _panels(
+    path: Path,
+    rows: Sequence[Row],
+    pick: Callable[[list[Row]], dict[str, Row | None]],
+    what: str,
+    machine: str,
+    unit: str,
+) -> None:
+    """Times over tokens, a panel per group: largest head_dim, fewest threads."""
     head_dim, threads = max(r.where["head_dim"] for r in rows), min(r.where["threads"] for r in rows)
     part = [r for r in rows if (r.where["head_dim"], r.where["threads"]) == (head_dim, threads)]
     panels = {}
     for group in dict.fromkeys(row.where["group"] for row in part):
         found = cells(row for row in part if row.where["group"] == group)
-        panels[f"{group} query head{'s' * (group > 1)} per KV head"] = _lines(found, _kernel_lines)
-    title = f"Attention of one decode step, head_dim {head_dim}, {threads} thread{'s' * (threads > 1)}\n{machine}"
-    draw(path, title, panels, y="microseconds per layer")
+        panels[f"{group} query head{'s' * (group > 1)} per KV head"] = _lines(found, pick)
+    title = f"{what}, head_dim {head_dim}, {threads} thread{'s' * (threads > 1)}\n{machine}"
+    draw(path, title, panels, y=f"microseconds {unit}")
+
+
+def kernels(path: Path, rows: Sequence[Row], machine: str) -> None:
+    """Attention of one decode step."""
+    _panels(path, rows, _kernel_lines, "Attention of one decode step", machine, "per layer")
+
+
+def step(path: Path, rows: Sequence[Row], machine: str) -> None:
+    """A whole decode step."""
+    _panels(path, rows, lambda found: {row.system: row for row in found}, "One decode step", machine, "per step")
+
+
+def tokens(path: Path, rows: Sequence[Row], machine: str) -> None:
+    """Tokens per second over the length of the prompt: decoding, and reading it."""
+    panels: dict[str, Lines] = {}
+    for phase, caption in (("decode", "decoding, one at a time"), ("prefill", "reading the prompt")):
+        lines = panels.setdefault(caption, {})
+        for row in (row for row in rows if row.where["phase"] == phase):
+            count = row.where["tokens"] if phase == "prefill" else 1
+            lines.setdefault(row.system, []).append((row.where["tokens"], count / row.median))
+    draw(path, f"Tokens per second, {rows[0].where['threads']} threads\n{machine}", panels, y="tokens/s")

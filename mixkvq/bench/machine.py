@@ -64,3 +64,14 @@ def copies_to_pass(nbytes: int, cache: int, memory: int) -> int:
 def resident(passed: int, cache: int) -> bool:
     """Whether data may still be in the cache when ``passed`` bytes were read since they were used last."""
     return passed < PASSES * cache
+
+
+class Evictor:
+    """Reads other memory, `PASSES` times the last-level cache."""
+
+    def __init__(self, cache: int) -> None:
+        self._block = torch.zeros(max(PASSES * cache // 4, 1))
+
+    def __call__(self) -> None:
+        """Put everything else out of the cache."""
+        self._block.sum()

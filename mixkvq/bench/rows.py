@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..eval.stats import Interval, median_interval
+from ..eval.stats import Interval, excess_ratio_interval, median_interval
 from .turns import Times
 
 
@@ -76,6 +76,12 @@ def times_faster(row: Row, rival: Row) -> Interval:
     """How many times as long the rival takes: the median over rounds, with its 95 % interval."""
     ours, theirs = paired(row, rival)
     return median_interval(theirs / ours)
+
+
+def times_faster_beyond(row: Row, rival: Row, base: Row) -> Interval:
+    """As `times_faster` for what both take beyond a base: the ratio of differences of medians, with its interval."""
+    ours, theirs, floor = paired(row, rival, base)
+    return excess_ratio_interval(theirs, ours, floor)
 
 
 def cells(rows: Iterable[Row]) -> list[dict[str, Row]]:

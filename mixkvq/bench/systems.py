@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -106,14 +105,11 @@ class System:
         if _IN_CACHE * self.data.nbytes > self.data.cache:
             return None
         query, copy = q.to(self.dtype), self.data.copies[0]
-        return Case(f"{self.name}, in cache", lambda: self.attend(copy, query), warm=True)
 
+        def call() -> Tensor:
+            return self.attend(copy, query)
 
-def attend(layer: ops.Layer, q: Tensor, precision: str) -> Tensor:
-    """`ops.attend` with this precision, [1, 1, Q, D]."""
-    if "precision" in inspect.signature(ops.attend).parameters:
-        return ops.attend(layer, q, precision=precision)  # type: ignore[call-arg]
-    return ops.attend(layer, q)
+        return Case(f"{self.name}, in cache", call, before=call)
 
 
 def packed_systems(preset: str, precisions: Sequence[str], data: Data) -> Iterator[System]:
@@ -121,7 +117,7 @@ def packed_systems(preset: str, precisions: Sequence[str], data: Data) -> Iterat
     for precision in precisions:
 
         def run(history: History, q: Tensor, precision: str = precision) -> Tensor:
-            return attend(history.layer, q, precision)
+            return ops.attend(history.layer, q, precision=precision)
 
         facts = {"role": "packed", "preset": preset, "precision": precision}
         yield System(f"{preset}, {precision}", data, run, torch.float32, BOUNDS[precision], facts)
@@ -131,7 +127,7 @@ def plain_systems(short: str, dtype: torch.dtype, group: int, data: Data) -> Ite
     """Attention over keys and values as they are: torch's formulations, and the core's own kernel."""
 
     def core(copy: tuple[Tensor, Tensor, ops.Layer], q: Tensor) -> Tensor:
-        return attend(copy[2], q, "exact")
+        return ops.attend(copy[2], q, precision="exact")
 
     bound = PLAIN_BOUNDS[dtype]
     yield System(f"core {short}", data, core, dtype, bound, {"role": "core", "dtype": short})

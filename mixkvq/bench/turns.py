@@ -27,13 +27,13 @@ class Case:
     ----------
     name : str
     call : callable
-    warm : bool
-        Call it once more, untimed, before every timed call.
+    before : callable, optional
+        Called, untimed, before every timed call.
     """
 
     name: str
     call: Callable[[], Any]
-    warm: bool = False
+    before: Callable[[], Any] | None = None
 
 
 def stride(cost: float, budget: float, rounds: int, fewest: int) -> int:
@@ -59,6 +59,8 @@ def take_turns(
     *,
     rounds: int = ROUNDS,
     fewest: int = FEWEST,
+    warm_up: bool = True,
+    shuffle: bool = True,
     clock: Callable[[], float] = time.perf_counter,
     passed: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Times]:
@@ -72,6 +74,10 @@ def take_turns(
         For all, in equal shares; a case too slow for its share still runs ``fewest`` times.
     rounds, fewest : int
         Most and fewest timed calls of a case.
+    warm_up : bool
+        Call every case twice before anything is timed; without, every case takes part in every round.
+    shuffle : bool
+        Draw the order of every round; without, it is that of ``cases``.
     clock : callable
         Seconds.
     passed : callable
@@ -82,21 +88,22 @@ def take_turns(
     dict
         `Times` of every case, of length ``rounds``.
     """
-    steps, budget = {}, seconds / max(len(cases), 1)
-    for case in cases:  # untimed calls: memory is mapped, libraries choose their kernels
+    steps, budget = {case.name: 1 for case in cases}, seconds / max(len(cases), 1)
+    for case in cases if warm_up else ():  # memory is mapped, libraries choose their kernels
         case.call()
         begin = clock()
         case.call()
-        steps[case.name] = stride((clock() - begin) * (1 + case.warm), budget, rounds, fewest)
+        steps[case.name] = stride(clock() - begin, budget, rounds, fewest)
     times: dict[str, Times] = {case.name: [None] * rounds for case in cases}
     order, draw = list(cases), random.Random(1)
     for i in range(rounds):
-        draw.shuffle(order)
+        if shuffle:
+            draw.shuffle(order)
         for case in order:
             if i % steps[case.name]:
                 continue
-            if case.warm:
-                case.call()
+            if case.before is not None:
+                case.before()
             begin = clock()
             case.call()
             times[case.name][i] = clock() - begin

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..config import list_presets
 from ..errors import UserError
+from ..eval.models import SMOLLM2
 from .display import Display
 from .evaluate.app import console
 from .info import collect, usable_cpus
@@ -39,9 +40,14 @@ def _numbers(option: str, text: str, low: int = 1) -> tuple[int, ...]:
     return tuple(found)
 
 
+def _split(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _names(option: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
     """Names separated by commas, each once."""
-    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    found = tuple(dict.fromkeys(_split(text)))
     if not found or any(name not in allowed for name in found):
         raise UserError(f"{option} is {text!r}, must be of {', '.join(allowed)}, separated by commas")
     return found
@@ -95,7 +101,23 @@ def _kernels_report() -> tuple[Any, Any]:
     return kernel_tables.sheets, figures.kernels
 
 
-_REPORTS: dict[str, Callable[[], tuple[Any, Any]]] = {"kernels": _kernels_report}
+def _step_report() -> tuple[Any, Any]:
+    from ..bench import figures, step_tables
+
+    return step_tables.sheets, figures.step
+
+
+def _tokens_report() -> tuple[Any, Any]:
+    from ..bench import figures, token_tables
+
+    return token_tables.sheets, figures.tokens
+
+
+_REPORTS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "kernels": _kernels_report,
+    "step": _step_report,
+    "tokens": _tokens_report,
+}
 
 
 def _measure(
@@ -150,6 +172,99 @@ def kernels(
         seconds=(1.0 if quick else 2.0) if seconds is None else seconds,
     )
     _measure(BENCH, out, count, lambda log, emit: run(grid, log, emit), markdown=markdown)
+
+
+@app.command("step")
+def step(
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            "--schemes",
+            help="Caches as in `mixkvq eval`, and exact-eager; separated by commas.",
+            show_default="compact,default,exact,exact-eager, and hqq-2,quanto-2 where installed",
+        ),
+    ] = None,
+    head_dims: Annotated[str | None, typer.Option(help="Of keys and values.", show_default="64,128")] = None,
+    groups: Annotated[str | None, typer.Option(help="Query heads per KV head.", show_default="1,4,8")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="In the cache when the first step begins.", show_default="1024,4096,32768")
+    ] = None,
+    slow_tokens: Annotated[int, typer.Option(help="Longest history for exact-eager, hqq and quanto.")] = 4096,
+    threads: Annotated[str | None, typer.Option(help="Threads of torch's pool.", show_default="1,2")] = None,
+    layers: Annotated[int, typer.Option(help="Of the model.")] = 2,
+    heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    seconds: Annotated[float | None, typer.Option(help="Of timing per combination.", show_default="2")] = None,
+    quick: _Quick = False,
+    out: _Out = _DEFAULT_OUT,
+    markdown: _Markdown = False,
+) -> None:
+    """A whole decode step of a small random Llama, with our caches and those of transformers."""
+    from ..bench.step import BENCH, SCHEMES, Grid, parse, run
+    from ..eval.models import quiet
+
+    quiet()
+    dims, sizes, lengths = ("128", "4", "1024,4096") if quick else ("64,128", "1,4,8", "1024,4096,32768")
+    count = _threads(threads or ("1" if quick else None))
+    for name, value in (("--layers", layers), ("--heads", heads)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, must be at least 1")
+    names = SCHEMES if schemes is None else _split(schemes)
+    grid = Grid(
+        schemes=parse(names, skip=schemes is None, say=lambda text: console().print(text, style="dim")),
+        head_dims=_numbers("--head-dims", head_dims or dims, 8),
+        groups=_numbers("--groups", groups or sizes),
+        tokens=_numbers("--tokens", tokens or lengths, 2),
+        threads=count,
+        slow_tokens=slow_tokens,
+        layers=layers,
+        heads=heads,
+        seconds=(1.0 if quick else 2.0) if seconds is None else seconds,
+    )
+    _measure(BENCH, out, count, lambda log, emit: run(grid, log, emit), markdown=markdown)
+
+
+@app.command("tokens")
+def tokens(
+    model: Annotated[str, typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")] = SMOLLM2,
+    schemes: Annotated[
+        str, typer.Option("--schemes", help="Caches as in `mixkvq eval`, separated by commas.")
+    ] = "default,exact",
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prompts.", show_default="64,256,1024,2048,4096,8192")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Decoded behind each prompt.", show_default="64")] = None,
+    flush_tokens: Annotated[
+        int | None, typer.Option(help="Prompt behind which steps that pack are waited for.", show_default="4096")
+    ] = None,
+    flushes: Annotated[int | None, typer.Option(help="How many; 0: none.", show_default="8")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", show_default="2, or all there are")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    quick: _Quick = False,
+    out: _Out = _DEFAULT_OUT,
+    markdown: _Markdown = False,
+) -> None:
+    """Tokens per second on a real model and real text: reading the prompt, decoding, and the steps that pack."""
+    from ..bench.step import parse
+    from ..bench.tokens import BENCH, Plan, run
+    from ..eval.models import load
+
+    count = _threads(str(threads or min(2, usable_cpus())))
+    lengths, few = ("64,1024", 2) if quick else ("64,256,1024,2048,4096,8192", 8)
+    for name, value, low in (("--steps", steps, 1), ("--flush-tokens", flush_tokens, 1), ("--flushes", flushes, 0)):
+        if value is not None and value < low:
+            raise UserError(f"{name} is {value}, must be at least {low}")
+    to = console()
+    plan = Plan(
+        schemes=parse(_split(schemes), skip=False, say=print),
+        tokens=_numbers("--tokens", tokens or lengths),
+        steps=steps or (32 if quick else 64),
+        flush_tokens=flush_tokens or (1024 if quick else 4096),
+        flushes=few if flushes is None else flushes,
+        repeats=3 if quick else 5,
+        threads=count[0],
+    )
+    loaded, tokenizer = load(model, dtype, lambda text: to.print(text, style="dim", highlight=False))
+    _measure(BENCH, out, count, lambda log, emit: run(plan, loaded, tokenizer, log, emit), markdown=markdown)
 
 
 @app.command("show")
