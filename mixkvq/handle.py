@@ -29,13 +29,6 @@ class PackedHandle(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
-    def __new__(cls, layer: MixKVQLayer, which: int, shape: tuple[int, ...]) -> PackedHandle:
-        dtype = layer.states[which].dtype
-        self: PackedHandle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
-        self.layer, self.which, self.epoch = layer, which, layer.epoch
-        return self
-
     def check(self) -> None:
         """Raise RuntimeError if the layer changed since this handle was made."""
         if self.layer.epoch != self.epoch:
@@ -67,3 +60,17 @@ class PackedHandle(torch.Tensor):
         return (
             f"PackedHandle({'keys' if self.which == KEYS else 'values'}, shape={tuple(self.shape)}, dtype={self.dtype})"
         )
+
+
+_make = torch.Tensor._make_wrapper_subclass
+
+
+def make_handles(layer: MixKVQLayer, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[PackedHandle, PackedHandle]:
+    """Keys and values of what a layer holds now."""
+    device = layer.device
+    keys: PackedHandle = _make(PackedHandle, shape, dtype=dtype, device=device)
+    values: PackedHandle = _make(PackedHandle, shape, dtype=dtype, device=device)
+    keys.layer = values.layer = layer
+    keys.epoch = values.epoch = layer.epoch
+    keys.which, values.which = KEYS, VALUES
+    return keys, values

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import compat
+from .agreement import POSITIONS, Agreement, attend_as_agreed
 from .handle import KEYS, VALUES, PackedHandle
 from .layer import DEQUANTIZED, NATIVE, PLAIN, MixKVQLayer
 from .masks import reveals_padding
@@ -28,19 +29,7 @@ if TYPE_CHECKING:
 Attention = Callable[..., Any]
 TAG = "_mixkvq"
 
-# tensor arguments that attention over all cached keys does not depend on, or that the proof covers
-_HARMLESS = frozenset(
-    (
-        "cache_position",
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
-        "num_items_in_batch",
-        "position_ids",
-        "s_aux",
-        "seq_idx",
-        "sinks",
-    )
-)
+_HARMLESS = POSITIONS | {"s_aux", "sinks"}  # tensor arguments; the proof covers sinks
 _MASK_DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -175,6 +164,7 @@ def _packed_call(call: Call) -> Any:
             sink_logits=sink_logits(call.module, call.arguments) if layer.proof.sinks else None,
         )
         result: Any = (output, None)
+        layer.agreement = None if trouble else Agreement.about(call, layer)
     else:
         plain = (
             layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
@@ -221,10 +211,14 @@ def _prove(call: Call, result: Any) -> Any:
 
 
 def wrap(function: Attention) -> Attention:
+    name = _name(function)
+
     @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
         key = args[2] if len(args) > 2 else kwargs.get("key")
         if type(key) is PackedHandle:
+            if len(args) == 5 and (output := attend_as_agreed(name, args, kwargs)) is not None:
+                return output, None
             return _packed_call(Call.bind(function, args, kwargs))
         tag = getattr(key, TAG, None)
         return function(*args, **kwargs) if tag is None else _plain_call(tag, Call.bind(function, args, kwargs))

@@ -14,9 +14,10 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import compat
+from .agreement import Agreement
 from .autograd import outside_autograd
 from .config import MixKVQConfig
-from .handle import KEYS, VALUES, PackedHandle
+from .handle import KEYS, VALUES, make_handles
 from .masks import NO_TOKEN, first_columns
 from .proof import Proof
 from .queries import QueryStatistics
@@ -61,6 +62,8 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.mode, self.reason = PLAIN, reason
         self.store: PackedStore | None = None
         self.proof: Proof | None = None
+        self.agreement: Agreement | None = None
+        self._token: tuple[torch.Size, torch.dtype] | None = None  # of the last tokens that a packed layer took
         self.queries = QueryStatistics(self.mixkvq_config.salience)
         self.length = 0
         self.waiting = False  # handed tensors out that the hook has not seen coming back
@@ -113,6 +116,19 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         TypeError, ValueError
             Naming the argument; the layer is unchanged then.
         """
+        store = self.store
+        if (
+            store is not None
+            and (key_states.shape, key_states.dtype) == (value_states.shape, value_states.dtype) == self._token
+            and key_states.is_cpu
+            and value_states.is_cpu
+            and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
+            and store.takes(key_states.shape[2], self._margin)
+        ):  # as the tokens before: nothing to check, nothing to convert, nothing to pack first
+            store.append(key_states, value_states)
+            self.epoch += 1
+            self.length = store.length
+            return make_handles(self, (*self._token[0][:2], self.length, self._token[0][3]), self._token[1])
         check_states(key_states, value_states)
         if self.length:
             check_continues(key_states, value_states, self.states, self._dtypes)
@@ -132,8 +148,9 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._account()
         if self.mode == DEQUANTIZED:
             return self.decode()
-        shape = (*key_states.shape[:2], self.length, key_states.shape[3])
-        return PackedHandle(self, KEYS, shape), PackedHandle(self, VALUES, shape)
+        if key_states.dtype == value_states.dtype == dtype:
+            self._token = key_states.shape, dtype
+        return make_handles(self, (*key_states.shape[:2], self.length, key_states.shape[3]), dtype)
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
@@ -261,6 +278,16 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._account()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
+    def attend(self, query: torch.Tensor, agreement: Agreement) -> torch.Tensor:
+        """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
+        store = self.store
+        assert store is not None
+        output = store.attend(query, scaling=agreement.scaling, softcap=agreement.softcap)
+        store.queries.add(query, store.k.shape[1], None)
+        if store.flush(self._margin):
+            self._account()
+        return output
+
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as ordinary tensors [B, H, N, D]."""
         if self.store is None:
@@ -366,6 +393,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             raise IndexError(f"batch index {rows.tolist()}, must be in 0 to {batch - 1}")
         rows = rows % batch
         self.epoch += 1
+        self.agreement = self._token = None
         if self.store is not None:
             self.store.gather(rows)
         else:
@@ -392,7 +420,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """All tensors held."""
         if self.store is not None:
             return self.store.tensors()
-        return [t for t in (self._k, self._v, self._start, self.queries.sum, self.queries.count) if t is not None]
+        return [t for t in (self._k, self._v, self._start, *self.queries.tensors()) if t is not None]
 
     def _account(self) -> None:
         held = held_bytes(self.tensors())

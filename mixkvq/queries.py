@@ -21,14 +21,22 @@ class QueryStatistics:
     Attributes
     ----------
     sum : float64 tensor [B, H, D] or None
-    count : int64 tensor [B] or None
-        Head-tokens in the sum.
     """
 
     def __init__(self, salience: str) -> None:
         self.power = _POWER.get(salience, 0)
         self.sum: torch.Tensor | None = None
-        self.count: torch.Tensor | None = None
+        self._partial: torch.Tensor | None = None  # int64 [B]: head-tokens of calls with padding
+        self._whole = 0  # and of the other calls, the same for all rows
+
+    @property
+    def count(self) -> torch.Tensor | None:
+        """Head-tokens in the sum, int64 [B]; None before any query."""
+        return None if self._partial is None else self._partial + self._whole
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held."""
+        return [t for t in (self.sum, self._partial) if t is not None]
 
     def add(self, q: torch.Tensor, kv_heads: int, first: torch.Tensor | None) -> None:
         """Add the queries of one call.
@@ -44,25 +52,29 @@ class QueryStatistics:
         if not self.power:
             return
         batch, heads, n, head_dim = q.shape
-        if self.sum is None or self.count is None:
+        if self.sum is None:
             with torch.inference_mode(False):
                 self.sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=q.device)
-                self.count = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        ops.salience_(self.sum, q.detach(), kv_heads, self.power, first)
+                self._partial = torch.zeros(batch, dtype=torch.int64, device=q.device)
+        ops.salience_(self.sum, q, kv_heads, self.power, first)
         group = heads // kv_heads
-        self.count += n * group if first is None else (n - first) * group
+        if first is None:
+            self._whole += n * group
+        else:
+            self._partial += (n - first) * group
 
     def importance(self) -> torch.Tensor | None:
         """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None before any query."""
-        if self.sum is None or self.count is None or not bool(self.count.any()):
+        count = self.count
+        if self.sum is None or count is None or not bool(count.any()):
             return None
-        mean = self.sum / self.count.clamp(min=1).view(-1, 1, 1)
+        mean = self.sum / count.clamp(min=1).view(-1, 1, 1)
         value = (mean.sqrt() if self.power == 2 else mean).float()
-        known = (self.count.view(-1, 1, 1) > 0) & value.isfinite()
+        known = (count.view(-1, 1, 1) > 0) & value.isfinite()
         return torch.where(known, value, 1.0).contiguous()
 
     @outside_autograd
     def gather(self, rows: torch.Tensor) -> None:
         """Keep these batch rows, in this order."""
-        if self.sum is not None and self.count is not None:
-            self.sum, self.count = self.sum.index_select(0, rows), self.count.index_select(0, rows)
+        if self.sum is not None and self._partial is not None:
+            self.sum, self._partial = self.sum.index_select(0, rows), self._partial.index_select(0, rows)

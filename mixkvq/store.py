@@ -148,13 +148,17 @@ class PackedStore:
         return self
 
     # ---- growing ---------------------------------------------------------------------------------------------------
+    def takes(self, n: int, margin: int) -> bool:
+        """Whether n tokens can be appended as things are: no block is due, the buffers have room."""
+        return self._slack + margin > 0 and n <= self._room
+
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor) -> bool:
         """Append n tokens [B, H, n, D] of the store's dtype to every row's window; True if the buffers had to grow."""
         n = k_new.shape[2]
         grow = n > self._room
         if grow:
             self._resize(-(-(self.k.shape[2] - self._room + n) // GROWTH) * GROWTH)
-        ops.append(self._core(), k_new.detach(), v_new.detach())
+        ops.append(self._handle or self._core(), k_new, v_new)
         self._room -= n
         self._slack -= n
         self.length += n
@@ -259,7 +263,7 @@ class PackedStore:
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits)
+        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits, "exact")
 
     @outside_autograd
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -372,8 +376,8 @@ class PackedStore:
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held."""
-        table, queries = self.records, self.queries
-        tensors = [self.k, self.v, self.exact, self.start, self.mu, self.has_mu, queries.sum, queries.count]
+        table = self.records
+        tensors = [self.k, self.v, self.exact, self.start, self.mu, self.has_mu, *self.queries.tensors()]
         return [t for t in [*tensors, table.place, table.blocks, *table.slabs] if t is not None]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mixkvq import reference
 from mixkvq.config import BlockCodec, MixKVQConfig
 
 pytest_plugins = ["core_fixtures"]
-BOUND = 1e-5
+BOUNDS = {"exact": 1e-5, "default": 2e-3}
 
 
 def history(rng: np.random.Generator, codec: BlockCodec, batch: int, heads: int, max_blocks: int, exact_share: float):
@@ -46,12 +46,12 @@ def relative(got, expected):
     return miss, size
 
 
-def check(got, expected):
+def check(got, expected, precision="exact"):
     """The stated bound for every row of the batch; no single query far beyond it."""
-    miss, size = relative(got, expected)
+    miss, size, bound = *relative(got, expected), BOUNDS[precision]
     for b in range(len(got)):
-        assert np.linalg.norm(miss[b]) <= BOUND * np.linalg.norm(size[b])
-    assert (miss <= 20 * BOUND * size + 1e-7).all()
+        assert np.linalg.norm(miss[b]) <= bound * np.linalg.norm(size[b])
+    assert (miss <= 20 * bound * size + 1e-7).all()
 
 
 def random_mask(rng: np.random.Generator, kind: str, batch: int, heads: int, queries: int, columns: int):
@@ -95,10 +95,11 @@ def random_attend(
         "sink_logits": rng.standard_normal(heads * group).astype(np.float32) if rng.random() < 0.3 else None,
     }
     expected = reference.attend(q, records, k, v, exact, **options)
-    got = arrays.attend(q, records, k, v, exact, **options)
-    assert got.shape == expected.shape
-    assert got.dtype == np.float32
-    check(got, expected)
+    for precision in BOUNDS:
+        got = arrays.attend(q, records, k, v, exact, **options, precision=precision)
+        assert got.shape == expected.shape
+        assert got.dtype == np.float32
+        check(got, expected, precision)
 
 
 CASES = (
@@ -155,7 +156,7 @@ def test_a_key_that_is_not_finite_reaches_the_queries_that_see_it(isa, value, to
     records, k, v, mu, rng = plain(poison=("k", token, value))
     q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
     q[..., 2] = np.abs(q[..., 2]) + 0.1
-    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu, precision="exact")
     expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
     assert np.isnan(got[:, :, token:]).all()
     assert np.isnan(expected[:, :, token:]).all()
@@ -170,7 +171,7 @@ def test_a_value_that_is_not_finite_stays_in_its_channel(isa, value, token):
 
     records, k, v, mu, rng = plain(poison=("v", token, value))
     q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu, precision="exact")
     expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
     assert not np.isfinite(got[:, :, token:, 2]).any()
     check(np.delete(got, 2, axis=-1), np.delete(expected, 2, axis=-1))
@@ -181,7 +182,7 @@ def test_minus_infinity_in_a_key_hides_the_token(isa):
 
     records, k, v, mu, rng = plain(poison=("k", 70, -np.inf))
     q = np.abs(rng.standard_normal((1, 1, 3, 16))).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mu=mu, precision="exact")
     check(got, reference.attend(q, records, k, v, [32], mu=mu))
     assert np.isfinite(got).all()
 
@@ -192,7 +193,7 @@ def test_large_scores_do_not_overflow(isa):
 
     records, k, v, mu, rng = plain()
     q = (rng.standard_normal((1, 1, 8, 16)) * 1000).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mu=mu, precision="exact")
     assert np.isfinite(got).all()
     expected = reference.attend(q, records, k, v, [32], mu=mu)
     assert (np.linalg.norm(got - expected, axis=-1) <= 5e-3 * np.linalg.norm(expected, axis=-1)).all()
@@ -206,7 +207,7 @@ def test_a_query_that_sees_nothing_gives_zeros(isa):
     mask = np.zeros((1, 1, 2, 96), bool)
     mask[0, 0, 1, 17] = True
     for sinks in (None, np.array([0.5], np.float32)):
-        got = arrays.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks)
+        got = arrays.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks, precision="exact")
         assert (got[0, 0, 0] == 0).all()
         assert (got[0, 0, 1] != 0).any()
         check(got, reference.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks))
@@ -219,7 +220,7 @@ def test_more_causal_queries_than_tokens(isa):
 
     _, k, v, _, rng = plain()
     q = rng.standard_normal((1, 1, 7, 16)).astype(np.float32)
-    got = arrays.attend(q, [[[]]], k, v, [3], mask="causal")
+    got = arrays.attend(q, [[[]]], k, v, [3], mask="causal", precision="exact")
     assert (got[0, 0, :4] == 0).all()
     assert (got[0, 0, 4] == v[0, 0, 0]).all()
     check(got, reference.attend(q, [[[]]], k, v, [3], mask="causal"))

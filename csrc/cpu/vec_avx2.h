@@ -82,6 +82,13 @@ static inline vf vf_fma(vf a, vf b, vf c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline vf vf_fma_sum(vf a, vf b, vf sum)
+{
+    sum = _mm256_fmadd_ps(a, b, sum);
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 static inline vf vf_round(vf x)
 {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -121,6 +128,12 @@ static inline vf vf_previous(vf x)
 {
     const vf moved = _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6));
     return _mm256_blend_ps(moved, _mm256_setzero_ps(), 1);
+}
+
+static inline vf vf_hide_below(vf p, vf x, float limit)
+{
+    return _mm256_blendv_ps(p, _mm256_set1_ps(-INFINITY),
+                            _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ));
 }
 
 static inline vf vf_zero_below(vf p, vf x, float limit)
@@ -218,6 +231,30 @@ static inline vf vf_from_vi(vi x)
     return _mm256_cvtepi32_ps(x);
 }
 
+static inline vi vi_load_u8(const uint8_t *p)
+{
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+
+static inline vi vi_load_i8(const uint8_t *p)
+{
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+
+static inline vi vi_pair16(vi low, vi high)
+{
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+}
+
+/* The empty statement keeps gcc from summing up in trees, which need more registers than there
+ * are. */
+static inline vi vi_dot16(vi sum, vi a, vi b)
+{
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 static inline vf vf_pow2(vf n)
 {
     return _mm256_castsi256_ps(
@@ -262,4 +299,6 @@ static inline void vd_accumulate(double *sum, vf x, int power)
         _mm256_storeu_pd(sum + 4 * i, _mm256_add_pd(_mm256_loadu_pd(sum + 4 * i), term));
     }
 }
+
+#include "vec_wide8.h"
 #endif
