@@ -36,9 +36,11 @@ class Agreement:
     names : tuple of str
         Names of the keyword arguments, in the call's order.
     watched : tuple of (str, value)
-        The keyword arguments that must be the same objects again: all but `POSITIONS`.
+        The keyword arguments that must be the same again, None, numbers or strings: all but `POSITIONS`.
     shape, dtype
         Of the queries.
+    group : int
+        Query heads per KV head.
     most : float
         Columns that fit the sliding window.
     scaling, softcap
@@ -50,6 +52,7 @@ class Agreement:
     watched: tuple[tuple[str, Any], ...]
     shape: torch.Size
     dtype: torch.dtype
+    group: int
     most: float
     scaling: float | None
     softcap: float | None
@@ -76,6 +79,7 @@ class Agreement:
             watched=watched,
             shape=query.shape,
             dtype=query.dtype,
+            group=query.shape[1] // store.k.shape[1],
             most=float("inf") if window is None else window,
             scaling=given.get("scaling"),
             softcap=given["softcap"] if proof.softcap else None,
@@ -92,7 +96,11 @@ class Agreement:
             or compat.attention_weights_wanted()
         ):
             return False
-        return all(arguments[name] is value for name, value in self.watched)
+        for name, value in self.watched:
+            given = arguments[name]
+            if given is not value and (type(given) is not type(value) or given != value):
+                return False
+        return True
 
 
 def attend_as_agreed(function: str, args: tuple[Any, ...], arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import compat
 from .calibration import Calibration
 from .config import MixKVQConfig
-from .handle import KEYS, VALUES, PackedHandle
+from .handle import KEYS, VALUES, Handles, PackedHandle
 from .hook import TAG, Tag, install
 from .layer import NATIVE, MixKVQLayer
 from .linear import LinearStates
@@ -82,7 +83,9 @@ class MixKVQCache(LinearStates, DynamicCache):
         self._model_config = config
         self._learned = self._record_past = False
         self._foreign: dict[int, int] = {}  # bytes of transformers' own layers, by index
-        self._last = -1  # layer of the last update
+        self._last = -1  # layer of the last update that was not short
+        self._awaiting = False  # whether the hook must see its attention
+        self._handles = Handles()
         factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger)
         Cache.__init__(self, layer_class_to_replicate=factory)  # type: ignore[arg-type]
         if config is not None:
@@ -110,13 +113,17 @@ class MixKVQCache(LinearStates, DynamicCache):
         TypeError, ValueError, IndexError
             Naming the argument; the cache is unchanged then.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             compiled: tuple[Any, Any] = self._update_outside_graph(key_states, value_states, layer_idx)
             return compiled
+        if not self._awaiting and type(layer_idx) is int and 0 <= layer_idx < len(self.layers):
+            layer: Any = self.layers[layer_idx]
+            if isinstance(layer, MixKVQLayer) and (pair := layer.extend(key_states, value_states, self._handles)):
+                return pair
         layer = self._layer_to_update(key_states, value_states, layer_idx)
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        self._last = layer_idx
         ours = isinstance(layer, MixKVQLayer)
+        self._last, self._awaiting = layer_idx, ours and layer.waiting
         if not ours:
             self._account_foreign(layer_idx)
         if type(keys) is not PackedHandle and (not self._learned or (ours and layer.mode != NATIVE)):
@@ -169,7 +176,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         """In a compiled model: plain or decoded tensors, and no hook."""
         layer = self._layer_to_update(key_states, value_states, layer_idx)
         keys, values = layer.update(key_states, value_states)
-        self._last = layer_idx
+        self._last, self._awaiting = layer_idx, True
         if type(keys) is PackedHandle:
             decoded = layer.decode()
             return decoded[KEYS], decoded[VALUES]
@@ -264,7 +271,7 @@ class MixKVQCache(LinearStates, DynamicCache):
             if isinstance(layer, MixKVQLayer):
                 layer.reset()
         self.ledger.change(sum(self._foreign.values()), 0)
-        self.layers, self._foreign, self._learned, self._last = [], {}, False, -1
+        self.layers, self._foreign, self._learned, self._last, self._awaiting = [], {}, False, -1, False
         if self._model_config is not None:
             self._lay_out(self._model_config)
 

@@ -6,6 +6,7 @@ first: slow, never wrong.
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class PackedHandle(torch.Tensor):
     layer: MixKVQLayer
     which: int
     epoch: int
+    seen = False  # by an operator
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -39,6 +41,7 @@ class PackedHandle(torch.Tensor):
 
     def decode(self) -> torch.Tensor:
         """The decoded tensor."""
+        self.seen = True
         self.check()
         return self.layer.decode()[self.which]
 
@@ -65,12 +68,44 @@ class PackedHandle(torch.Tensor):
 _make = torch.Tensor._make_wrapper_subclass
 
 
-def make_handles(layer: MixKVQLayer, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[PackedHandle, PackedHandle]:
-    """Keys and values of what a layer holds now."""
-    device = layer.device
-    keys: PackedHandle = _make(PackedHandle, shape, dtype=dtype, device=device)
-    values: PackedHandle = _make(PackedHandle, shape, dtype=dtype, device=device)
-    keys.layer = values.layer = layer
-    keys.epoch = values.epoch = layer.epoch
-    keys.which, values.which = KEYS, VALUES
-    return keys, values
+class Handles:
+    """Gives out the handles of one cache.
+
+    A pair that nobody has any more is given out again, for another layer or step: not while somebody refers to it, and
+    never after an operator has seen it (autograd may keep it where no reference shows).
+    """
+
+    def __init__(self) -> None:
+        self._pair: tuple[PackedHandle, PackedHandle] | None = None
+        self._like: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[type[Handles], tuple[()]]:
+        return Handles, ()
+
+    def give(self, layer: MixKVQLayer, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[PackedHandle, PackedHandle]:
+        """Keys and values of what a packed layer holds now.
+
+        Parameters
+        ----------
+        layer : MixKVQLayer
+        shape : tuple of int
+            [B, H, N, D].
+        dtype : torch.dtype
+        """
+        pair, like = self._pair, (shape, dtype, layer.device)
+        # references to each handle: from the pair, and from the argument of getrefcount
+        if (
+            pair is None
+            or like != self._like
+            or getrefcount(pair[0]) + getrefcount(pair[1]) > 4
+            or pair[0].seen
+            or pair[1].seen
+        ):
+            # class, sizes, strides, storage offset, memory format, dtype, layout, device: faster by position
+            arguments = PackedHandle, shape, None, None, None, dtype, torch.strided, layer.device
+            self._pair, self._like = pair, _ = (_make(*arguments), _make(*arguments)), like
+            pair[0].which, pair[1].which = KEYS, VALUES
+        keys, values = pair
+        keys.layer = values.layer = layer
+        keys.epoch = values.epoch = layer.epoch
+        return keys, values  # another tuple: it may be kept

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 
 from . import compat
 from .agreement import POSITIONS, Agreement, attend_as_agreed
@@ -247,7 +248,7 @@ def install() -> None:
         @functools.wraps(original)
         def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(self, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return function
             try:
                 return _wrap_once(function)

@@ -17,7 +17,7 @@ from . import compat
 from .agreement import Agreement
 from .autograd import outside_autograd
 from .config import MixKVQConfig
-from .handle import KEYS, VALUES, make_handles
+from .handle import KEYS, VALUES, Handles
 from .masks import NO_TOKEN, first_columns
 from .proof import Proof
 from .queries import QueryStatistics
@@ -63,7 +63,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.store: PackedStore | None = None
         self.proof: Proof | None = None
         self.agreement: Agreement | None = None
-        self._token: tuple[torch.Size, torch.dtype] | None = None  # of the last tokens that a packed layer took
+        self._token: tuple[torch.Size, torch.dtype] | None = None  # of the last tokens of a packed layer
         self.queries = QueryStatistics(self.mixkvq_config.salience)
         self.length = 0
         self.waiting = False  # handed tensors out that the hook has not seen coming back
@@ -116,19 +116,6 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         TypeError, ValueError
             Naming the argument; the layer is unchanged then.
         """
-        store = self.store
-        if (
-            store is not None
-            and (key_states.shape, key_states.dtype) == (value_states.shape, value_states.dtype) == self._token
-            and key_states.is_cpu
-            and value_states.is_cpu
-            and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
-            and store.takes(key_states.shape[2], self._margin)
-        ):  # as the tokens before: nothing to check, nothing to convert, nothing to pack first
-            store.append(key_states, value_states)
-            self.epoch += 1
-            self.length = store.length
-            return make_handles(self, (*self._token[0][:2], self.length, self._token[0][3]), self._token[1])
         check_states(key_states, value_states)
         if self.length:
             check_continues(key_states, value_states, self.states, self._dtypes)
@@ -138,7 +125,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self.mode != NATIVE and (reason := self._obstacle(key_states, value_states)):
             self.become_native(reason)
         self.epoch += 1
-        self.waiting = True
+        self.waiting = self.mode != PACKED
         self.length += key_states.shape[-2]
         if self.store is None:
             return self._update_plain(key_states, value_states)
@@ -148,9 +135,28 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._account()
         if self.mode == DEQUANTIZED:
             return self.decode()
-        if key_states.dtype == value_states.dtype == dtype:
-            self._token = key_states.shape, dtype
-        return make_handles(self, (*key_states.shape[:2], self.length, key_states.shape[3]), dtype)
+        self._token = (key_states.shape, dtype) if key_states.dtype == value_states.dtype == dtype else None
+        return Handles().give(self, (*key_states.shape[:2], self.length, key_states.shape[3]), dtype)
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor, handles: Handles) -> tuple[Any, Any] | None:
+        """As `update`, if these are tokens like those before and there is nothing to check, to convert or to pack."""
+        store, token = self.store, self._token
+        if (
+            store is None
+            or token is None
+            or not type(key) is type(value) is torch.Tensor
+            or not key.shape == value.shape == token[0]
+            or not key.dtype == value.dtype == token[1]
+            or not key.is_cpu
+            or not value.is_cpu
+            or (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
+            or not store.extend(key, value, self._margin)
+        ):
+            return None
+        self.epoch += 1
+        self.length = store.length
+        (batch, heads, _, dim), dtype = token
+        return handles.give(self, (batch, heads, self.length, dim), dtype)
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
@@ -282,8 +288,8 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
         store = self.store
         assert store is not None
-        output = store.attend(query, scaling=agreement.scaling, softcap=agreement.softcap)
-        store.queries.add(query, store.k.shape[1], None)
+        output = store.attend(query, scaling=agreement.scaling, softcap=agreement.softcap, observe=True)
+        self.queries.whole += agreement.group
         if store.flush(self._margin):
             self._account()
         return output

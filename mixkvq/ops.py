@@ -177,6 +177,7 @@ class LayerTensors(NamedTuple):
     place: Tensor
     blocks: Tensor
     mu: Tensor | None
+    salience: tuple[Tensor, int] | None
 
     def history(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
         return self.slabs, self.place, self.blocks, self.mu
@@ -185,8 +186,9 @@ class LayerTensors(NamedTuple):
 class Layer(_core.Layer):
     """A `_core.Layer` that keeps its tensors alive. Its methods take addresses; the functions below take tensors."""
 
-    __slots__ = ("tensors",)
+    __slots__ = ("salience", "tensors")
     tensors: LayerTensors
+    salience: tuple[int, int, _View] | None  # KV heads, power, sum
 
 
 def layer(
@@ -199,6 +201,7 @@ def layer(
     place: Tensor,
     blocks: Tensor,
     mu: Tensor | None = None,
+    salience: tuple[Tensor, int] | None = None,
 ) -> Layer:
     """A handle for the packed history and the exact window of one layer.
 
@@ -223,6 +226,8 @@ def layer(
         Records per head.
     mu : float16 Tensor [B, H, D], optional
         Key references.
+    salience : (float64 Tensor [B, H, D], {1, 2}), optional
+        Sum and power of `salience_`, for `attend` with ``observe``.
 
     Raises
     ------
@@ -242,7 +247,11 @@ def layer(
         _dense(blocks, "blocks", torch.int64),
         _dense_or_none(mu, "mu", torch.float16),
     )
-    handle.tensors = LayerTensors(k, v, exact, start, sink_length, list(slabs), place, blocks, mu)
+    handle.tensors = LayerTensors(k, v, exact, start, sink_length, list(slabs), place, blocks, mu, salience)
+    handle.salience = None
+    if salience is not None:
+        sum, power = salience
+        handle.salience = k.shape[1], power, _dense(sum, "sum", torch.float64)
     return handle
 
 
@@ -255,6 +264,7 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     precision: str = "default",
+    observe: bool = False,
 ) -> Tensor:
     """Attention of queries over packed blocks and window.
 
@@ -277,6 +287,8 @@ def attend(
     precision : {"default", "exact"}
         How codes are multiplied: 16-bit queries and probabilities, within 2e-3 of float64 attention on the unpacked
         values; or float32, within 1e-5.
+    observe : bool
+        Do with these queries what `salience_` does, if the layer was given a sum.
 
     Returns
     -------
@@ -306,12 +318,14 @@ def attend(
             sink_logits,
             precision_code(precision),
         )
+        if observe and t.salience is not None:
+            salience_(t.salience[0], q, t.k.shape[1], t.salience[1])
         return result
     view = _view(q, "q")
     if q.dim() != 4:
         raise _refuse("q", f"{q.dim()}-dimensional", "[B, Q, n, D]")
     batch, heads, n, dim = q.shape
-    out = torch.empty((batch, n, heads, dim), dtype=q.dtype)
+    out = torch.empty(batch, n, heads, dim, dtype=q.dtype)
     handle.attend(
         view,
         (out.data_ptr(), view[1], view[2], (n * heads * dim, dim, heads * dim, 1)),
@@ -322,6 +336,9 @@ def attend(
         _dense_or_none(sink_logits, "sink_logits", torch.float32),
         precision_code(precision),
     )
+    if observe and handle.salience is not None:
+        kv_heads, power, sum = handle.salience
+        _core.salience(view, kv_heads, power, None, sum)
     return out
 
 

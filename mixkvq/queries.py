@@ -21,22 +21,37 @@ class QueryStatistics:
     Attributes
     ----------
     sum : float64 tensor [B, H, D] or None
+        Allocated when the shape is known.
+    whole : int
+        Head-tokens of calls without padding, the same for every row.
     """
 
     def __init__(self, salience: str) -> None:
         self.power = _POWER.get(salience, 0)
         self.sum: torch.Tensor | None = None
         self._partial: torch.Tensor | None = None  # int64 [B]: head-tokens of calls with padding
-        self._whole = 0  # and of the other calls, the same for all rows
+        self.whole = 0
 
     @property
     def count(self) -> torch.Tensor | None:
-        """Head-tokens in the sum, int64 [B]; None before any query."""
-        return None if self._partial is None else self._partial + self._whole
+        """Head-tokens in the sum, int64 [B]; None before it is allocated."""
+        return None if self._partial is None else self._partial + self.whole
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held."""
         return [t for t in (self.sum, self._partial) if t is not None]
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, int] | None:
+        """Sum and power, as `ops.layer` takes them."""
+        return None if self.sum is None else (self.sum, self.power)
+
+    def allocate(self, batch: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        """Make room for sums, unless there is or none is wanted."""
+        if self.power and self.sum is None:
+            with torch.inference_mode(False):
+                self.sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=device)
+                self._partial = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def add(self, q: torch.Tensor, kv_heads: int, first: torch.Tensor | None) -> None:
         """Add the queries of one call.
@@ -49,17 +64,14 @@ class QueryStatistics:
         first : int64 tensor [B] or None
             First query of each row that is not padding, 0 to n; None: all are real.
         """
-        if not self.power:
-            return
         batch, heads, n, head_dim = q.shape
-        if self.sum is None:
-            with torch.inference_mode(False):
-                self.sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=q.device)
-                self._partial = torch.zeros(batch, dtype=torch.int64, device=q.device)
+        self.allocate(batch, kv_heads, head_dim, q.device)
+        if self.sum is None or self._partial is None:
+            return
         ops.salience_(self.sum, q, kv_heads, self.power, first)
         group = heads // kv_heads
         if first is None:
-            self._whole += n * group
+            self.whole += n * group
         else:
             self._partial += (n - first) * group
 

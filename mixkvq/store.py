@@ -54,6 +54,8 @@ class PackedStore:
         Of keys and values.
     margin : int
         As in `flush`.
+    queries : QueryStatistics, optional
+        Of all queries so far.
 
     Attributes
     ----------
@@ -82,6 +84,7 @@ class PackedStore:
         heads: int,
         dtype: torch.dtype,
         margin: int = 0,
+        queries: QueryStatistics | None = None,
     ) -> None:
         batch, device = len(start), start.device
         self.config, self.codec, self.start = config, codec, start.clone()
@@ -95,7 +98,8 @@ class PackedStore:
         if codec.key_reference and codec.allocate != "exact":
             self.mu = torch.zeros(batch, heads, codec.head_dim, dtype=torch.float16, device=device)
             self.has_mu = torch.zeros(batch, heads, dtype=torch.uint8, device=device)
-        self.queries = QueryStatistics(config.salience)
+        self.queries = queries or QueryStatistics(config.salience)
+        self.queries.allocate(batch, heads, codec.head_dim, device)
         self.raised = self.length = 0
         self._handle: Any = None
         self._recount()
@@ -132,8 +136,7 @@ class PackedStore:
         PackedStore
         """
         k, v = k.detach(), v.detach()
-        self = cls(config, codec, start, k.shape[1], k.dtype, margin)
-        self.queries = queries or self.queries
+        self = cls(config, codec, start, k.shape[1], k.dtype, margin, queries)
         self.length = k.shape[2]
         tokens = self.length - start
         sinks = tokens.clamp(max=config.sink_length)
@@ -148,21 +151,28 @@ class PackedStore:
         return self
 
     # ---- growing ---------------------------------------------------------------------------------------------------
-    def takes(self, n: int, margin: int) -> bool:
-        """Whether n tokens can be appended as things are: no block is due, the buffers have room."""
-        return self._slack + margin > 0 and n <= self._room
-
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor) -> bool:
         """Append n tokens [B, H, n, D] of the store's dtype to every row's window; True if the buffers had to grow."""
         n = k_new.shape[2]
         grow = n > self._room
         if grow:
             self._resize(-(-(self.k.shape[2] - self._room + n) // GROWTH) * GROWTH)
+        self._append(k_new, v_new, n)
+        return grow
+
+    def extend(self, k_new: torch.Tensor, v_new: torch.Tensor, margin: int = 0) -> bool:
+        """As `append`, but if a block is due (see `flush`) or the buffers are full, nothing is done: False."""
+        n = k_new.shape[2]
+        if self._slack + margin <= 0 or n > self._room:
+            return False
+        self._append(k_new, v_new, n)
+        return True
+
+    def _append(self, k_new: torch.Tensor, v_new: torch.Tensor, n: int) -> None:
         ops.append(self._handle or self._core(), k_new, v_new)
         self._room -= n
         self._slack -= n
         self.length += n
-        return grow
 
     def flush(self, margin: int = 0) -> bool:
         """Pack every block that is due, row by row, and say whether there was one.
@@ -243,6 +253,7 @@ class PackedStore:
         scaling: float | None = None,
         softcap: float | None = None,
         sink_logits: torch.Tensor | None = None,
+        observe: bool = False,
     ) -> torch.Tensor:
         """Attention of q [B, Q, n, D] over everything stored.
 
@@ -257,13 +268,15 @@ class PackedStore:
             Default ``D ** -0.5``.
         softcap : float, optional
         sink_logits : float32 tensor [Q], optional
+        observe : bool
+            Add all queries to the statistics; the caller counts them.
 
         Returns
         -------
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.attend(self._core(), q, mask, causal, scale, softcap or 0.0, sink_logits, "exact")
+        handle = self._handle or self._core()
+        return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, "exact", observe)
 
     @outside_autograd
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,7 +300,8 @@ class PackedStore:
 
     def _core_of(self, place: torch.Tensor, blocks: torch.Tensor) -> Any:
         sink, slabs = self.config.sink_length, self.records.slabs
-        return ops.layer(self.k, self.v, self.exact, self.start, sink, slabs, place, blocks, self.mu)
+        sums = self.queries.sums
+        return ops.layer(self.k, self.v, self.exact, self.start, sink, slabs, place, blocks, self.mu, sums)
 
     # ---- shortening and moving -------------------------------------------------------------------------------------
     @outside_autograd

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _core
 from .arrays import codec_of_numbers
@@ -50,7 +51,7 @@ PARALLEL: bool = PROBLEM is None or _install_pool()
 
 def compiling() -> bool:
     """Whether torch is tracing a graph, which takes the operators. Raises RuntimeError where there are none."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return False
     if PROBLEM is not None:
         raise RuntimeError(

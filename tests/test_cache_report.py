@@ -12,6 +12,7 @@ import torch
 from models import forward, generate, lossless, prompts, tiny
 
 from mixkvq import MixKVQCache, _core
+from mixkvq.handle import PackedHandle
 
 TOKENS = 700
 LEAVES = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, weakref.ref)
@@ -29,7 +30,9 @@ def held_bytes(cache) -> int:
         ):
             continue
         seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, PackedHandle):  # a shape without storage
+            queue.append(thing.layer)
+        elif isinstance(thing, torch.Tensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         else:

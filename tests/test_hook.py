@@ -8,69 +8,12 @@ import warnings
 import pytest
 import torch
 from models import dense_copy, forward, generate, lossless, paths, prompts, relative_gap, tiny
+from one_layer import DIM, HEADS, QUERY_HEADS, Layer, Module, attention, check, packed_layer
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import mixkvq
 from mixkvq import MixKVQCache, hook
-
-HEADS, QUERY_HEADS, DIM = 2, 4, 16
-
-
-class Module(torch.nn.Module):
-    """What an attention function asks of its module."""
-
-    num_key_value_groups = QUERY_HEADS // HEADS
-    is_causal = True
-    config = None
-
-
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
-    """Eager attention with everything the kernel knows."""
-    key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = (
-            scores.masked_fill(~attention_mask, -torch.inf)
-            if attention_mask.dtype == torch.bool
-            else scores + attention_mask
-        )
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)], -1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class Layer:
-    """One attention layer without a model around it."""
-
-    def __init__(self, cache, function=attention, batch=1, seed=0):
-        self.cache, self.function, self.batch = cache, function, batch
-        self.generator = torch.Generator().manual_seed(seed)
-        self.keys = self.values = torch.zeros(batch, HEADS, 0, DIM)
-
-    def draw(self, heads, n):
-        return torch.randn(self.batch, n, heads, DIM, generator=self.generator).transpose(1, 2)
-
-    def step(self, n=1, mask=None, **arguments):
-        """(what the hooked call gives, what the function gives on all exact keys)."""
-        query, key, value = self.draw(QUERY_HEADS, n), self.draw(HEADS, n), self.draw(HEADS, n)
-        self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
-        arguments = {"scaling": DIM**-0.5, "dropout": 0.0, **arguments}
-        given = self.cache.update(key, value, 0)
-        found = ALL_ATTENTION_FUNCTIONS.get_interface("eager", self.function)
-        with torch.no_grad():
-            got = found(Module(), query, *given, mask, **arguments)
-            want = self.function(Module(), query, self.keys, self.values, mask, **arguments)
-        return got[0], want[0]
-
-
-def check(layer, steps=40, **arguments):
-    for _ in range(steps):
-        got, want = layer.step(**arguments)
-        assert torch.allclose(got, want, atol=1e-5)
 
 
 @pytest.fixture
@@ -188,13 +131,6 @@ def test_a_twice_too_large_scale_is_found_out_in_sixteen_bits():
 
 
 # ---- calls on a packed layer ---------------------------------------------------------------------------------------
-def packed_layer(**arguments):
-    layer = Layer(lossless())
-    check(layer, 60, **arguments)
-    assert layer.cache.layers[0].path == "packed"
-    return layer
-
-
 @pytest.mark.parametrize("n", [1, 2, 31, 200])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_queries_of_any_length_with_a_mask_are_packed(quiet, n, dtype):
@@ -248,49 +184,6 @@ def test_queries_with_gradients_get_decoded_keys():
         ]
     output.sum().backward()
     assert query.grad.isfinite().all()
-
-
-# ---- handles -------------------------------------------------------------------------------------------------------
-def test_a_handle_computes_as_what_it_stands_for():
-    layer = packed_layer()
-    key = layer.draw(HEADS, 1)
-    keys, values = layer.cache.update(key, key, 0)
-    want = torch.cat([layer.keys, key], 2)
-    assert keys.shape == values.shape == want.shape and keys.dtype == want.dtype
-    assert torch.equal(keys.transpose(2, 3) @ want, want.transpose(2, 3) @ want)
-    assert torch.equal(torch.cat([values, want], 0)[0], torch.cat([layer.values, key], 2)[0])
-    assert torch.equal(keys[:, 0, 3:5], want[:, 0, 3:5]) and torch.equal(keys.clone(), want)
-    assert "PackedHandle" in repr(keys)
-    assert layer.cache.report().layers[0].dequantizations == 4
-
-
-def test_a_handle_cannot_be_written_and_goes_stale():
-    layer = packed_layer()
-    keys, _ = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
-    for write in (lambda: keys.zero_(), lambda: keys.copy_(torch.zeros(())), lambda: torch.add(keys, 1, out=keys)):
-        with pytest.raises(RuntimeError, match="read-only"):
-            write()
-    for change in (
-        lambda: layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0),
-        lambda: layer.cache.reorder_cache(torch.tensor([0])),
-        lambda: layer.cache.crop(-1),
-        lambda: layer.cache.reset(),
-    ):
-        change()
-        with pytest.raises(RuntimeError, match="stale"):
-            keys + 1
-        if layer.cache.layers:
-            keys, _ = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
-
-
-def test_a_stale_handle_is_refused_by_the_kernel_too():
-    layer = packed_layer()
-    given = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
-    layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
-    with pytest.raises(RuntimeError, match="stale"):
-        ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(
-            Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0
-        )
 
 
 # ---- installing ----------------------------------------------------------------------------------------------------
