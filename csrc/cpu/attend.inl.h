@@ -162,6 +162,12 @@ static void reference_of(const attend_state *w, const mkvq_layout *l, const uint
     vf_store(reference, sum);
 }
 
+static inline void prefetch(const uint8_t *p, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += 64)
+        __builtin_prefetch(p + i);
+}
+
 /* `next`: where the next record begins, to be fetched meanwhile; it is about as long as this one. */
 static int64_t attend_record(attend_state *w, const uint8_t *record, const uint16_t *mu,
                              int64_t position, const uint8_t *next)
@@ -171,12 +177,12 @@ static int64_t attend_record(attend_state *w, const uint8_t *record, const uint1
     mkvq_layout_read(&l, record);
     const int dim = l.head.head_dim, tokens = l.head.tokens;
     const mkvq_view dense = {NULL, {0}, {0, 0, dim, 1}, l.head.dtype};
-    for (int64_t i = 0; i < l.nbytes; i += 64)
-        __builtin_prefetch(next + i);
+    const int64_t half = mkvq_up64(l.nbytes / 2); /* of the next record, which is about as long */
     if (l.head.kind == MKVQ_KIND_EXACT) {
         attend_exact(w, record + l.exact_keys, record + l.values, &dense, &dense, tokens, position);
         return tokens;
     }
+    prefetch(next, half);
     find_runs(&w->queries, record, &l, w->args->precision);
     reference_of(w, &l, mu, reference);
     for (int t = 0; t < tokens; t += MKVQ_TILE_TOKENS) {
@@ -185,6 +191,8 @@ static int64_t attend_record(attend_state *w, const uint8_t *record, const uint1
                     t, n, w->args->precision);
         mask_scores(w, position + t, n);
         soften(w, n);
+        if (t == 0)
+            prefetch(next + half, half);
         if (!l.head.value_bits) {
             const int64_t step = dim * mkvq_dtype_bytes(l.head.dtype);
             value_exact(w->plain, w->s, record + l.values + t * step, step, l.head.dtype, 1, dim,
@@ -292,6 +300,14 @@ static void merge_unit(const mkvq_attend_args *a, const mkvq_attend_plan *plan, 
     }
 }
 
+/* The record that this thread most likely reads next. */
+static const uint8_t *next_record(const mkvq_history *h, int64_t row, int64_t head, int64_t block)
+{
+    if (block + 1 < h->blocks[row])
+        return mkvq_record_at(h, row, head, block + 1);
+    return mkvq_record_at(h, row, head + 1 < h->kv_heads ? head + 1 : head, 0);
+}
+
 /* One run of blocks; the sinks belong to the first run, the window to the last. */
 static void attend_unit(const mkvq_attend_args *a, const mkvq_attend_plan *plan, int64_t row,
                         int64_t head, int64_t tile, int64_t run, float *partial)
@@ -314,8 +330,7 @@ static void attend_unit(const mkvq_attend_args *a, const mkvq_attend_plan *plan,
                      sinks, 0);
     for (int64_t j = begin; j < end; j++) {
         const uint8_t *record = mkvq_record_at(h, row, head, j);
-        position += attend_record(&w, record, mu, position,
-                                  j + 1 < end ? mkvq_record_at(h, row, head, j + 1) : record);
+        position += attend_record(&w, record, mu, position, next_record(h, row, head, j));
     }
     if (run == plan->runs - 1)
         attend_exact(&w, mkvq_at(&a->k, row, head, sinks), mkvq_at(&a->v, row, head, sinks), &a->k,

@@ -211,7 +211,7 @@ mkvq_status mkvq_unpack(const mkvq_unpack_args *args, mkvq_error *error)
 /* A unit is a tile of query rows over a run of blocks. Runs exist to give all threads work where
  * there are few heads, and are no shorter than merging them is worth. */
 #define ATTEND_UNITS 96
-#define RUN_BLOCKS 4
+#define RUN_BLOCKS 8
 
 static mkvq_attend_plan plan_attend(const mkvq_attend_args *a)
 {
@@ -223,7 +223,8 @@ static mkvq_attend_plan plan_attend(const mkvq_attend_args *a)
         most = h->blocks[b] > most ? h->blocks[b] : most;
     const int64_t units = h->batch * h->kv_heads * plan.tiles;
     if (units > 0) {
-        const int64_t wanted = (ATTEND_UNITS + units - 1) / units, runs = most / RUN_BLOCKS;
+        const int64_t wanted = (ATTEND_UNITS + units - 1) / units,
+                      runs = (most + RUN_BLOCKS / 2) / RUN_BLOCKS;
         plan.rows = (rows + plan.tiles - 1) / plan.tiles;
         plan.runs = runs < 2 ? 1 : runs < wanted ? runs : wanted;
     }
