@@ -76,7 +76,7 @@ static MKVQ_INLINE void load_column(const dot_columns *d, int c, int at, int lan
 #define DOT_ROWS(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7)
 
 typedef struct {
-    wi a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7;
+    ws a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7;
 } sums16;
 
 typedef struct {
@@ -90,9 +90,9 @@ static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t *pairs, cons
 #define ROW(r) \
     if (rows > r) { \
         const wi q = wi_set1((uint32_t)pairs[r]); \
-        s->a##r = wi_dot16(s->a##r, a, q); \
+        s->a##r = ws_dot16(s->a##r, a, q); \
         if (two) \
-            s->b##r = wi_dot16(s->b##r, b, q); \
+            s->b##r = ws_dot16(s->b##r, b, q); \
     }
     DOT_ROWS(ROW)
 #undef ROW
@@ -127,7 +127,7 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
     sums16 s;
     const int steps = entries_of(kind) / 2;
     const int32_t (*pairs)[8] = o->pairs;
-#define ROW(r) s.a##r = s.b##r = wi_set1(0);
+#define ROW(r) s.a##r = s.b##r = ws_zero();
     DOT_ROWS(ROW)
 #undef ROW
     for (int c = 0; c < d->columns; c++, pairs += steps) {
@@ -145,9 +145,9 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
 #define ROW(r) \
     if (rows > r) { \
         float *p = out + r * out_step + at; \
-        add_to(p, two ? MKVQ_LANES : lanes, wf_from_wi(s.a##r), factor[r], bias[r]); \
+        add_to(p, two ? MKVQ_LANES : lanes, wf_from_wi(ws_total(s.a##r)), factor[r], bias[r]); \
         if (two) \
-            add_to(p + MKVQ_LANES, lanes, wf_from_wi(s.b##r), factor[r], bias[r]); \
+            add_to(p + MKVQ_LANES, lanes, wf_from_wi(ws_total(s.b##r)), factor[r], bias[r]); \
     }
     DOT_ROWS(ROW)
 #undef ROW
