@@ -81,7 +81,7 @@ static MKVQ_INLINE void load_column(const dot_columns *d, int c, int at, int lan
 #define DOT_ROWS(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7)
 
 typedef struct {
-    wi a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7;
+    ws a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7;
 } sums16;
 
 typedef struct {
@@ -95,9 +95,9 @@ static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t *pairs, cons
 #define ROW(r) \
     if (rows > r) { \
         const wi q = wi_set1((uint32_t)pairs[r]); \
-        s->a##r = kind == DOT_BYTES ? wi_dot8(s->a##r, a, q) : wi_dot16(s->a##r, a, q); \
+        s->a##r = kind == DOT_BYTES ? ws_dot8(s->a##r, a, q) : ws_dot16(s->a##r, a, q); \
         if (two) \
-            s->b##r = kind == DOT_BYTES ? wi_dot8(s->b##r, b, q) : wi_dot16(s->b##r, b, q); \
+            s->b##r = kind == DOT_BYTES ? ws_dot8(s->b##r, b, q) : ws_dot16(s->b##r, b, q); \
     }
     DOT_ROWS(ROW)
 #undef ROW
@@ -117,9 +117,9 @@ static MKVQ_INLINE void stepf(sumsf *s, wi a, wi b, const float *x, const int ro
 #undef ROW
 }
 
-static MKVQ_INLINE wf total(wi sum, const int kind)
+static MKVQ_INLINE wf total(ws sum, const int kind)
 {
-    return wf_from_wi(kind == DOT_BYTES ? wi_dot8_total(sum) : sum);
+    return wf_from_wi(kind == DOT_BYTES ? ws_total8(sum) : ws_total(sum));
 }
 
 static MKVQ_INLINE void add_to(float *out, int lanes, wf sum, float factor, float bias)
@@ -137,7 +137,7 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
     sums16 s;
     const int steps = kind == DOT_BYTES ? 4 : entries_of(kind) / 2;
     const int32_t (*pairs)[8] = o->pairs;
-#define ROW(r) s.a##r = s.b##r = wi_set1(0);
+#define ROW(r) s.a##r = s.b##r = ws_zero();
     DOT_ROWS(ROW)
 #undef ROW
     for (int c = 0; c < d->columns; c++, pairs += steps) {

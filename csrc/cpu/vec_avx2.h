@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <math.h>
 
-#ifndef MKVQ_ISA_NAME
+#ifndef MKVQ_ISA_TABLE
 #define MKVQ_ISA_NAME "avx2"
 #define MKVQ_ISA_TABLE mkvq_kernels_avx2
 #endif
@@ -313,5 +313,7 @@ static inline void vd_accumulate(double *sum, vf x, int power)
     }
 }
 
+#ifndef MKVQ_LANES
 #include "vec_wide8.h"
+#endif
 #endif

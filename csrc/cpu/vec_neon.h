@@ -81,6 +81,11 @@ static inline vf vf_fma(vf a, vf b, vf c)
     return (vf){vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)};
 }
 
+static inline vf vf_fma_sum(vf a, vf b, vf sum)
+{
+    return vf_fma(a, b, sum);
+}
+
 static inline vf vf_round(vf x)
 {
     return (vf){vrndnq_f32(x.lo), vrndnq_f32(x.hi)};
@@ -118,6 +123,13 @@ static inline unsigned vf_equal(vf a, vf b)
 static inline vf vf_previous(vf x)
 {
     return (vf){vextq_f32(vdupq_n_f32(0.0f), x.lo, 3), vextq_f32(x.lo, x.hi, 3)};
+}
+
+static inline vf vf_hide_below(vf p, vf x, float limit)
+{
+    const float32x4_t top = vdupq_n_f32(limit), hidden = vdupq_n_f32(-INFINITY);
+    return (vf){vbslq_f32(vcltq_f32(x.lo, top), hidden, p.lo),
+                vbslq_f32(vcltq_f32(x.hi, top), hidden, p.hi)};
 }
 
 static inline float32x4_t zero_below(float32x4_t p, float32x4_t x, float32x4_t limit)
@@ -221,6 +233,24 @@ static inline vf vf_from_vi(vi x)
                 vcvtq_f32_s32(vreinterpretq_s32_u32(x.hi))};
 }
 
+static inline vi vi_load_u8(const uint8_t *p)
+{
+    const uint16x8_t x = vmovl_u8(vld1_u8(p));
+    return (vi){vmovl_u16(vget_low_u16(x)), vmovl_high_u16(x)};
+}
+
+static inline vi vi_load_i8(const uint8_t *p)
+{
+    const int16x8_t x = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
+    return (vi){vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(x))),
+                vreinterpretq_u32_s32(vmovl_high_s16(x))};
+}
+
+static inline vi vi_pair16(vi low, vi high)
+{
+    return (vi){vsliq_n_u32(low.lo, high.lo, 16), vsliq_n_u32(low.hi, high.hi, 16)};
+}
+
 static inline float32x4_t pow2(float32x4_t n)
 {
     const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
@@ -276,5 +306,113 @@ static inline void vd_accumulate(double *sum, vf x, int power)
         const float64x2_t s = vld1q_f64(sum + 2 * i), a = part[i];
         vst1q_f64(sum + 2 * i, power == 2 ? vfmaq_f64(s, a, a) : vaddq_f64(s, vabsq_f64(a)));
     }
+}
+
+/* ---- the wide vocabulary: see vec_wide8.h ---------------------------------------------------- */
+/* One register: sums of products are kept as two, and 32 have to hold those of eight rows. */
+#define MKVQ_LANES 4
+#define MKVQ_PAIR_ROWS 5
+
+typedef float32x4_t wf;
+typedef uint32x4_t wi;
+typedef struct {
+    int32x4_t first, second; /* of lanes 0, 0, 1, 1 and 2, 2, 3, 3 */
+} ws;
+
+static inline wi wi_load(const uint32_t *p, int lanes)
+{
+    (void)lanes;
+    return vld1q_u32(p);
+}
+
+static inline wi wi_set1(uint32_t x)
+{
+    return vdupq_n_u32(x);
+}
+
+static inline wi wi_or(wi a, wi b)
+{
+    return vorrq_u32(a, b);
+}
+
+static inline wi wi_and1(wi a, uint32_t mask)
+{
+    return vandq_u32(a, vdupq_n_u32(mask));
+}
+
+static inline wi wi_shl(wi a, int count)
+{
+    return a << (uint32_t)count;
+}
+
+static inline wi wi_shr(wi a, int count)
+{
+    return a >> (uint32_t)count;
+}
+
+static inline ws ws_zero(void)
+{
+    return (ws){vdupq_n_s32(0), vdupq_n_s32(0)};
+}
+
+static inline ws ws_dot16(ws sum, wi codes, wi operands)
+{
+    const int16x8_t a = vreinterpretq_s16_u32(codes), b = vreinterpretq_s16_u32(operands);
+    return (ws){vmlal_s16(sum.first, vget_low_s16(a), vget_low_s16(b)),
+                vmlal_high_s16(sum.second, a, b)};
+}
+
+static inline wi ws_total(ws sum)
+{
+    return vreinterpretq_u32_s32(vpaddq_s32(sum.first, sum.second));
+}
+
+static inline ws ws_dot8(ws sum, wi codes, wi operands)
+{
+    const int8x16_t a = vreinterpretq_s8_u32(codes), b = vreinterpretq_s8_u32(operands);
+    return (ws){vpadalq_s16(sum.first, vmull_s8(vget_low_s8(a), vget_low_s8(b))),
+                vpadalq_s16(sum.second, vmull_high_s8(a, b))};
+}
+
+static inline wi ws_total8(ws sum)
+{
+    return ws_total(sum);
+}
+
+static inline wf wf_from_wi(wi a)
+{
+    return vcvtq_f32_s32(vreinterpretq_s32_u32(a));
+}
+
+static inline wf wf_set1(float x)
+{
+    return vdupq_n_f32(x);
+}
+
+static inline wf wf_load(const float *p, int lanes)
+{
+    (void)lanes;
+    return vld1q_f32(p);
+}
+
+static inline void wf_store(float *p, wf x, int lanes)
+{
+    (void)lanes;
+    vst1q_f32(p, x);
+}
+
+static inline wf wf_add(wf a, wf b)
+{
+    return vaddq_f32(a, b);
+}
+
+static inline wf wf_fma(wf a, wf b, wf c)
+{
+    return vfmaq_f32(c, a, b);
+}
+
+static inline wf wf_fma_sum(wf a, wf b, wf sum)
+{
+    return vfmaq_f32(sum, a, b);
 }
 #endif

@@ -1,8 +1,9 @@
 /* vec_wide8.h - the wide vocabulary, in which codes are multiplied, where a vector has eight lanes:
  * names for the eight-lane vocabulary.
  *
- * wi and wf are vectors of MKVQ_LANES integers or floats. Loads and stores take the number of lanes
- * that count; here it is always eight. */
+ * wi and wf are vectors of MKVQ_LANES integers or floats, ws sums of products of 16-bit halves or of
+ * bytes, which need not lie in the order of lanes until ws_total or ws_total8. Loads and stores take the number of
+ * lanes that count, a multiple of eight or MKVQ_LANES; here it is always eight. */
 #ifndef MKVQ_VEC_WIDE8_H
 #define MKVQ_VEC_WIDE8_H
 
@@ -12,6 +13,7 @@
 
 typedef vf wf;
 typedef vi wi;
+typedef vi ws;
 
 static inline wi wi_load(const uint32_t *p, int lanes)
 {
@@ -44,17 +46,27 @@ static inline wi wi_shr(wi a, int count)
     return vi_shr(a, count);
 }
 
-static inline wi wi_dot16(wi sum, wi codes, wi operands)
+static inline ws ws_zero(void)
+{
+    return vi_set1(0);
+}
+
+static inline ws ws_dot16(ws sum, wi codes, wi operands)
 {
     return vi_dot16(sum, codes, operands);
 }
 
-static inline wi wi_dot8(wi sum, wi codes, wi operands)
+static inline wi ws_total(ws sum)
+{
+    return sum;
+}
+
+static inline ws ws_dot8(ws sum, wi codes, wi operands)
 {
     return vi_dot8(sum, codes, operands);
 }
 
-static inline wi wi_dot8_total(wi sum)
+static inline wi ws_total8(ws sum)
 {
     return vi_dot8_total(sum);
 }
