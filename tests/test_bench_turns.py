@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mixkvq.bench.turns import Case, stride, take_turns
+from mixkvq.bench.turns import Case, preemptions, stride, take_turns
 
 
 class Clock:
@@ -47,7 +47,8 @@ def test_stride_of_rounds_that_are_no_power_of_two() -> None:
 def test_slow_cases_run_less_often_and_only_with_the_fast_ones() -> None:
     clock = Clock()
     cases = [clock.case("fast", 0.001), clock.case("middling", 0.05), clock.case("slow", 5.0)]
-    times = take_turns(cases, 3.0, rounds=64, fewest=8, clock=clock)
+    taken = take_turns(cases, 3.0, rounds=64, fewest=8, clock=clock)
+    times = {name: found.seconds for name, found in taken.items()}
     ran = {name: {i for i, t in enumerate(found) if t is not None} for name, found in times.items()}
     assert len(ran["fast"]) == 64 and len(ran["slow"]) == 8 and len(ran["middling"]) == 16
     assert ran["slow"] < ran["middling"] < ran["fast"]
@@ -66,13 +67,28 @@ def test_every_round_has_its_own_order() -> None:
 def test_what_comes_before_is_not_timed() -> None:
     clock = Clock()
     prepared = Case("a", clock.spend("a", 0.5), before=clock.spend("before", 7.0))
-    times = take_turns([prepared, clock.case("b", 0.5)], 0.1, rounds=8, clock=clock)
+    taken = take_turns([prepared, clock.case("b", 0.5)], 0.1, rounds=8, clock=clock)
     assert clock.calls[4:] == [name for call in clock.calls[4:] if call in "ab" for name in _with_before(call)]
-    assert clock.calls.count("before") == 8 and times["a"] == times["b"] == [0.5] * 8
+    assert clock.calls.count("before") == 8 and taken["a"].seconds == taken["b"].seconds == [0.5] * 8
 
 
 def _with_before(call: str) -> list[str]:
     return ["before", "a"] if call == "a" else ["b"]
+
+
+def test_calls_that_lost_the_processor_are_counted() -> None:
+    clock = Clock()
+    seen = iter([0, 0, 0, 3, 3, 3, 3, 4])  # before and after each of four calls
+    taken = take_turns([clock.case("a", 1.0)], 9.0, rounds=4, fewest=1, clock=clock, switches=lambda: next(seen))
+    assert taken["a"].preempted == 2
+    assert preemptions() >= 0
+
+
+def test_without_warming_up_or_shuffling() -> None:
+    clock = Clock()
+    cases = [clock.case(name, 100.0) for name in "abc"]
+    taken = take_turns(cases, 0.0, rounds=3, fewest=1, warm_up=False, shuffle=False, clock=clock)
+    assert clock.calls == list("abc") * 3 and all(len(found.seconds) == 3 for found in taken.values())
 
 
 def test_progress_counts_rounds() -> None:

@@ -99,7 +99,7 @@ def _length(grid: Grid, sampler: Sampler, data: dict[str, Data], tokens: int, lo
             def passed(rounds: int, begun: int = begun) -> None:
                 emit("chunk", (begun + rounds, grid.cells * grid.rounds))
 
-            times = take_turns(
+            taken = take_turns(
                 [case for _, case, _ in cases.values()],
                 grid.seconds,
                 rounds=grid.rounds,
@@ -112,5 +112,6 @@ def _length(grid: Grid, sampler: Sampler, data: dict[str, Data], tokens: int, lo
                 facts = {**system.facts, **system.data.facts, "heads": grid.heads, "error": error[system.name]}
                 if warm_case:
                     facts |= {"resident": True, "in_cache": True}
-                log.add(Row(BENCH, where, name, times[name], facts))
+                facts["preempted"] = taken[name].preempted
+                log.add(Row(BENCH, where, name, taken[name].seconds, facts))
     return done

@@ -146,7 +146,7 @@ def _rows(
     grid: Grid, decoders: Sequence[_Decoder], where: dict[str, Any], evict: Evictor, emit: Emit, done: int
 ) -> Iterator[Row]:
     """All caches at one place."""
-    times = take_turns(
+    taken = take_turns(
         [Case(decoder.name, decoder.step, before=evict) for decoder in decoders],
         grid.seconds,
         rounds=grid.rounds,
@@ -154,4 +154,6 @@ def _rows(
         passed=lambda rounds: emit("chunk", (done + rounds, grid.cells * grid.rounds)),
     )
     for decoder in decoders:
-        yield Row(BENCH, where, decoder.name, times[decoder.name], {**decoder.facts, "layers": grid.layers})
+        found = taken[decoder.name]
+        facts = {**decoder.facts, "layers": grid.layers, "preempted": found.preempted}
+        yield Row(BENCH, where, decoder.name, found.seconds, facts)

@@ -127,8 +127,8 @@ def _prefill(
     for i in range(plan.repeats):
         if not i or time.perf_counter() - begin < plan.seconds:
             found = take_turns(cases[:: -1 if i % 2 else 1], 0.0, rounds=1, fewest=1, warm_up=False, shuffle=False)
-            for name, seconds in found.items():
-                times[name] += seconds
+            for name, turn in found.items():
+                times[name] += turn.seconds
         part()
     for scheme in plan.schemes:
         log.add(Row(BENCH, {**where, "phase": PREFILL}, scheme.name, times[scheme.name], {"kind": scheme.kind}))
@@ -138,13 +138,13 @@ def _prefill(
 def _decode(plan: Plan, decoders: dict[str, Decoder], where: dict[str, Any], weights: int, log: Log) -> None:
     """Single steps, the same tokens for all caches."""
     cases = [Case(name, decoder.step, before=decoder.count) for name, decoder in decoders.items()]
-    times = take_turns(cases, 0.0, rounds=plan.steps, fewest=plan.steps)
+    taken = take_turns(cases, 0.0, rounds=plan.steps, fewest=plan.steps)
     for scheme in plan.schemes:
         decoder = decoders[scheme.name]
         decoder.count()
         facts = {"kind": scheme.kind, "nbytes": cache_nbytes(decoder.cache), "weights": weights}
-        facts["flushed"] = decoder.flushed()
-        log.add(Row(BENCH, {**where, "phase": DECODE}, scheme.name, times[scheme.name], facts))
+        facts |= {"flushed": decoder.flushed(), "preempted": taken[scheme.name].preempted}
+        log.add(Row(BENCH, {**where, "phase": DECODE}, scheme.name, taken[scheme.name].seconds, facts))
 
 
 def _flush(plan: Plan, name: str, decoder: Decoder, where: dict[str, Any], log: Log, part: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,26 @@ class Case:
     before: Callable[[], Any] | None = None
 
 
+@dataclass
+class Taken:
+    """Timed calls of one case.
+
+    Attributes
+    ----------
+    seconds : Times
+    preempted : int
+        Calls in which the system gave the processor to another program, which long calls suffer more than short ones.
+    """
+
+    seconds: Times
+    preempted: int = 0
+
+
+def preemptions() -> int:
+    """How often the system took the processor away from a thread of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def stride(cost: float, budget: float, rounds: int, fewest: int) -> int:
     """Every how many rounds a case takes part, a power of two: rounds of slow cases are rounds of all faster ones.
 
@@ -62,8 +83,9 @@ def take_turns(
     warm_up: bool = True,
     shuffle: bool = True,
     clock: Callable[[], float] = time.perf_counter,
+    switches: Callable[[], int] = preemptions,
     passed: Callable[[int], None] = lambda done: None,
-) -> dict[str, Times]:
+) -> dict[str, Taken]:
     """Time all cases.
 
     Parameters
@@ -78,15 +100,15 @@ def take_turns(
         Call every case twice before anything is timed; without, every case takes part in every round.
     shuffle : bool
         Draw the order of every round; without, it is that of ``cases``.
-    clock : callable
-        Seconds.
+    clock, switches : callable
+        Seconds, and involuntary context switches so far.
     passed : callable
         Told how many rounds are done.
 
     Returns
     -------
     dict
-        `Times` of every case, of length ``rounds``.
+        What every case took, over ``rounds`` rounds.
     """
     steps, budget = {case.name: 1 for case in cases}, seconds / max(len(cases), 1)
     for case in cases if warm_up else ():  # memory is mapped, libraries choose their kernels
@@ -94,7 +116,7 @@ def take_turns(
         begin = clock()
         case.call()
         steps[case.name] = stride(clock() - begin, budget, rounds, fewest)
-    times: dict[str, Times] = {case.name: [None] * rounds for case in cases}
+    taken = {case.name: Taken([None] * rounds) for case in cases}
     order, draw = list(cases), random.Random(1)
     for i in range(rounds):
         if shuffle:
@@ -104,8 +126,9 @@ def take_turns(
                 continue
             if case.before is not None:
                 case.before()
-            begin = clock()
+            found, before, begin = taken[case.name], switches(), clock()
             case.call()
-            times[case.name][i] = clock() - begin
+            found.seconds[i] = clock() - begin
+            found.preempted += switches() > before
         passed(i + 1)
-    return times
+    return taken

@@ -27,6 +27,8 @@ _Quick = Annotated[bool, typer.Option("--quick", help="Fewer and shorter cases: 
 _Presets = Annotated[str, typer.Option("--presets", help=f"Of {', '.join(list_presets())}; separated by commas.")]
 _Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
 _DEFAULT_OUT = Path("bench-out")
+_QUIET = 0.05
+"""Share of timed calls that may lose the processor before a run says so."""
 
 
 def _numbers(option: str, text: str, low: int = 1) -> tuple[int, ...]:
@@ -71,7 +73,9 @@ def _about(machine: dict[str, Any]) -> str:
     return f"{machine['CPU']}, {machine['CPUs usable']} processors, kernels {machine.get('isa chosen', '?')}"
 
 
-def _print(to: Console, machine: dict[str, Any], sheets: Sequence[Any], *, markdown: bool) -> None:
+def _print(to: Console, machine: dict[str, Any], rows: Sequence[Any], sheets: Sequence[Any], *, markdown: bool) -> None:
+    preempted = sum(row.facts.get("preempted", 0) for row in rows)
+    calls = sum(len(row.taken) for row in rows if "preempted" in row.facts)
     rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {n} thread(s)" for n, rate in machine["read rate"].items())
     for sheet in sheets:
         if markdown:
@@ -84,12 +88,20 @@ def _print(to: Console, machine: dict[str, Any], sheets: Sequence[Any], *, markd
     )
     for line in lines:
         to.print(line, style="dim", highlight=False, soft_wrap=True)
+    share = preempted / max(calls, 1)
+    to.print(
+        f"Timed calls that lost the processor to other programs: {100 * share:.1f} %."
+        + (" Long calls suffer more: ratios are too high; measure again on an idle machine." if share > _QUIET else ""),
+        style="bold red" if share > _QUIET else "dim",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _finish(to: Console, log: Any, machine: dict[str, Any], bench: str, *, markdown: bool) -> None:
     """Tables and figure of a log."""
     sheets, figure = _REPORTS[bench]()
-    _print(to, machine, sheets(log.rows, machine), markdown=markdown)
+    _print(to, machine, log.rows, sheets(log.rows, machine), markdown=markdown)
     picture = log.path.with_suffix(".png")
     figure(picture, log.rows, _about(machine))
     to.print(f"Rows: {log.path}\nFigure: {picture}", style="dim", highlight=False)
@@ -278,4 +290,4 @@ def show(
     if not rows or rows[0].bench not in _REPORTS:
         raise UserError(f"{file} holds no rows of {', '.join(_REPORTS)}")
     sheets, _ = _REPORTS[rows[0].bench]()
-    _print(console(), machine, sheets(rows, machine), markdown=markdown)
+    _print(console(), machine, rows, sheets(rows, machine), markdown=markdown)
