@@ -3,11 +3,13 @@
 Environment
     MIXKVQ_TORCH, MIXKVQ_CUDA   auto (default): build what the tools found allow; require: fail without; off: don't look
     MIXKVQ_WERROR=1             warnings are errors
+    MIXKVQ_SIMDE=1              AVX-512 kernels over SIMDe, which run on any AVX2 machine: for tests, not for speed
     CC, CXX, CFLAGS, CXXFLAGS, LDFLAGS, MAX_JOBS   as usual
 
 A tool that is absent costs one printed line, a tool that is found but fails is an error. torch is never imported:
 pip's isolated builds hide it from import, but sysconfig still names the site-packages where its headers lie. Objects
-are kept in build/objects and compiled again only if their command, source or a header they include has changed.
+are kept in build/objects (--build-temp) and compiled again only if their command, source or a header they include has
+changed.
 """
 
 import importlib.util
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,8 +31,11 @@ from setuptools.command.build_ext import build_ext
 LIMITED_API, ABI_TAG = "0x030b0000", "cp311"
 TORCH_TARGET, TORCH_TARGET_MACRO = "2.10", "0x020a000000000000"
 WERROR = os.environ.get("MIXKVQ_WERROR") == "1"
-OBJECTS = Path("build/objects-werror" if WERROR else "build/objects")  # neither undoes the other
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]}  # kernels_<isa>.c; all x86-64
+SIMDE = os.environ.get("MIXKVQ_SIMDE") == "1"
+OBJECTS = "build/objects" + "-werror" * WERROR + "-simde" * SIMDE  # none undoes another
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-Wno-psabi"] if SIMDE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+ISA_FLAGS = {"x86_64": {"avx2": AVX2, "avx512": AVX512}, "aarch64": {"neon": []}}  # of kernels_<isa>.c, beside scalar
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + ["-Werror"] * WERROR
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
 FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math
@@ -102,9 +108,13 @@ def extensions():
     macros = [("Py_LIMITED_API", LIMITED_API), ("MKVQ_VERSION", f'"{version()}"')]
     built = [("MKVQ_BUILT_TORCH", f'"{torch[1]}"'), ("MKVQ_TORCH_TARGET", f'"{TORCH_TARGET}"')] if torch else []
     sources = sorted(str(path) for folder in ("csrc", "csrc/cpu", "csrc/bind") for path in Path(folder).glob("*.c"))
-    if "x86_64" not in sysconfig.get_platform():
-        sources = [source for source in sources if isa_of(source) not in ISA_FLAGS]
-    core = Extension("mixkvq._core", sources, include_dirs=["csrc", numpy.get_include()], define_macros=macros + built)
+    other = {isa for machine, isas in ISA_FLAGS.items() if machine != target_machine() for isa in isas}
+    core = Extension(
+        "mixkvq._core",
+        [source for source in sources if isa_of(source) not in other],
+        include_dirs=["csrc", numpy.get_include()],
+        define_macros=macros + built + [("MKVQ_SIMDE", "1")] * SIMDE,
+    )
     if not torch:
         return [core]
     return [
@@ -126,9 +136,17 @@ def isa_of(source):
     return Path(source).stem.removeprefix("kernels_")
 
 
-def tool(ext):
-    name, default = ("CXX", "c++") if ext.language == "c++" else ("CC", "cc")
+def tool(language="c"):
+    name, default = ("CXX", "c++") if language == "c++" else ("CC", "cc")
     return shlex.split(os.environ.get(name) or default)
+
+
+@cache
+def target_machine():
+    """Architecture that the C compiler makes code for, which need not be this machine's."""
+    target = subprocess.run([*tool(), "-dumpmachine"], check=True, capture_output=True, text=True).stdout
+    machine = target.partition("-")[0].strip()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 def environment_flags(name):
@@ -148,24 +166,26 @@ def run(command, target, inputs):
     note.write_text(line)
 
 
-def compile_one(ext, source):
+def compile_one(ext, source, folder):
     """Object of one source file; the compiler's own dependency file says which headers it depends on."""
-    target = OBJECTS / ext.name / f"{Path(source).stem}.o"
+    target = folder / ext.name / f"{Path(source).stem}.o"
     if ext.language == "c++":
         flags = [*CXX_FLAGS, *environment_flags("CXXFLAGS")]
     else:
-        flags = [*C_FLAGS, *ISA_FLAGS.get(isa_of(source), []), *environment_flags("CFLAGS")]
+        isa = ISA_FLAGS.get(target_machine(), {}).get(isa_of(source), [])
+        flags = [*C_FLAGS, *isa, *environment_flags("CFLAGS")]
     includes = [f"-I{folder}" for folder in (*ext.include_dirs, sysconfig.get_path("include"))]
     macros = [f"-D{name}={value}" for name, value in ext.define_macros]
     depends = target.with_suffix(".d")
     known = depends.read_text().split(":", 1)[1].replace("\\\n", " ").split() if depends.exists() else [source]
     flags += [*ext.extra_compile_args, *includes, *macros]
-    run([*tool(ext), *flags, "-MMD", "-c", source, "-o", str(target)], target, known)
+    run([*tool(ext.language), *flags, "-MMD", "-c", source, "-o", str(target)], target, known)
     return str(target)
 
 
 class Build(build_ext):
     def finalize_options(self):
+        self.build_temp = self.build_temp or OBJECTS
         self.distribution.ext_modules[:] = extensions()
         super().finalize_options()
 
@@ -174,10 +194,11 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(lambda source: compile_one(ext, source), ext.sources))
-        library = OBJECTS / self.get_ext_filename(ext.name)
+            folder = Path(self.build_temp)
+            objects = list(pool.map(lambda source: compile_one(ext, source, folder), ext.sources))
+        library = folder / self.get_ext_filename(ext.name)
         flags = [*ext.extra_link_args, *environment_flags("LDFLAGS")]
-        run([*tool(ext), "-shared", *objects, *flags, "-o", str(library)], library, objects)
+        run([*tool(ext.language), "-shared", *objects, *flags, "-o", str(library)], library, objects)
         self.place(library, self.get_ext_fullpath(ext.name))
 
     def run(self):

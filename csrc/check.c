@@ -135,10 +135,9 @@ static int64_t coded_bytes(const mkvq_codec *c, const uint16_t *pattern)
     l.head.head_dim = (uint16_t)c->head_dim, l.head.tokens = (uint16_t)c->block_length;
     l.head.key_group = (uint16_t)c->key_group, l.head.value_group = (uint16_t)c->value_group;
     l.head.metadata = (uint8_t)(c->key_metadata | (c->value_bits ? c->value_metadata << 4 : 0));
-    for (int t = 0, i = 0; t < MKVQ_TIERS; t++)
-        for (int n = 0; n < pattern[t]; n++)
-            l.tier[i++] = (uint8_t)t;
-    mkvq_layout_order(&l);
+    for (int t = 0; t < MKVQ_TIERS; t++)
+        l.counts[t] = pattern[t];
+    l.coded = c->head_dim - pattern[MKVQ_TIER_EXACT];
     mkvq_layout_sections(&l);
     return l.nbytes;
 }
@@ -211,20 +210,18 @@ static mkvq_status check_header(const mkvq_header *h, int64_t available, mkvq_er
 static mkvq_status check_record(const uint8_t *record, int64_t available, mkvq_layout *l,
                                 mkvq_error *error)
 {
+    mkvq_header h;
     REQUIRE(available >= 64, MKVQ_E_SPACE, "record", available, "at least 64 bytes");
-    memset(l, 0, sizeof *l);
-    memcpy(&l->head, record, sizeof l->head);
-    PASS(check_header(&l->head, available, error));
-    if (l->head.kind == MKVQ_KIND_CODED) {
-        REQUIRE(available >= mkvq_up64(MKVQ_HEADER_BYTES + 3 * l->head.head_dim / 8), MKVQ_E_SPACE,
-                "record", available, "at least header and channel map");
-        mkvq_map_read(record + MKVQ_HEADER_BYTES, l->head.head_dim, l->tier);
-        for (int c = 0; c < l->head.head_dim; c++)
-            REQUIRE(l->tier[c] < MKVQ_TIERS, MKVQ_E_RECORD, "record channel map", l->tier[c],
-                    "tier ids 0 to 5");
-    }
+    memcpy(&h, record, sizeof h);
+    PASS(check_header(&h, available, error));
+    REQUIRE(h.kind == MKVQ_KIND_EXACT ||
+                available >= mkvq_up64(MKVQ_HEADER_BYTES + 3 * h.head_dim / 8),
+            MKVQ_E_SPACE, "record", available, "at least header and channel map");
     mkvq_layout_read(l, record);
-    REQUIRE(l->nbytes == l->head.nbytes, MKVQ_E_RECORD, "record nbytes", l->head.nbytes,
+    REQUIRE(l->coded + l->counts[MKVQ_TIER_EXACT] == h.head_dim, MKVQ_E_RECORD,
+            "record channel map", h.head_dim - l->coded - l->counts[MKVQ_TIER_EXACT],
+            "tier ids 0 to 5 (the value counts the others)");
+    REQUIRE(l->nbytes == h.nbytes, MKVQ_E_RECORD, "record nbytes", h.nbytes,
             "what its fields add up to");
     return MKVQ_OK;
 }
@@ -243,7 +240,8 @@ mkvq_status mkvq_inspect(const void *record, int64_t available, mkvq_record_info
     info->key_metadata = h->metadata & 15, info->value_metadata = h->metadata >> 4;
     info->key_reference = h->flags & MKVQ_FLAG_REFERENCE,
     info->value_rotation = (h->flags & MKVQ_FLAG_ROTATION) != 0;
-    memcpy(info->tier, l.tier, (size_t)h->head_dim);
+    for (int i = 0; i < h->head_dim; i++)
+        info->tier[l.order[i]] = (uint8_t)mkvq_stored_tier(&l, i);
     for (int t = 0; t < MKVQ_TIERS; t++)
         info->channels[t] = l.counts[t];
     info->nbytes = l.nbytes;
@@ -263,20 +261,11 @@ mkvq_status mkvq_inspect(const void *record, int64_t available, mkvq_record_info
 
 /* All records of a history: whole, inside their slab, of this head_dim, as many tokens in every
  * head; those coded against a reference need mu. */
-static mkvq_status check_history(const mkvq_history *h, mkvq_error *error)
+static mkvq_status check_records(const mkvq_history *h, int32_t *block_tokens, mkvq_error *error)
 {
-    REQUIRE(h, MKVQ_E_NULL, "history", 0, "an address");
-    REQUIRE(h->batch >= 0 && h->kv_heads >= 1, MKVQ_E_SHAPE, "history kv_heads", h->kv_heads,
-            "at least 1");
-    PASS(check_head_dim(h->head_dim, error));
-    REQUIRE(h->batch == 0 || h->blocks, MKVQ_E_NULL, "blocks", 0, "an address");
-    for (int64_t b = 0; b < h->batch; b++) {
-        const int64_t blocks = h->blocks[b];
-        REQUIRE(blocks >= 0 && blocks <= h->place_stride, MKVQ_E_SHAPE, "blocks", blocks,
-                "0 to the number of places per head");
-        REQUIRE(blocks == 0 || (h->place && h->slab_base && h->slab_bytes), MKVQ_E_NULL, "place", 0,
-                "an address");
-        for (int64_t j = 0; j < blocks; j++) {
+    int common = 0, first = 1;
+    for (int64_t b = 0; b < h->batch; b++)
+        for (int64_t j = 0; j < h->blocks[b]; j++) {
             int tokens = 0;
             for (int64_t head = 0; head < h->kv_heads; head++) {
                 const int64_t place = h->place[(b * h->kv_heads + head) * h->place_stride + j];
@@ -298,14 +287,45 @@ static mkvq_status check_history(const mkvq_history *h, mkvq_error *error)
                         l.head.tokens, "the same in every head of a block");
                 tokens = l.head.tokens;
             }
+            common = first || common == tokens ? tokens : 0, first = 0;
         }
+    *block_tokens = common;
+    return MKVQ_OK;
+}
+
+static mkvq_status check_history(const mkvq_history *h, int32_t *block_tokens, mkvq_error *error)
+{
+    REQUIRE(h, MKVQ_E_NULL, "history", 0, "an address");
+    REQUIRE(h->batch >= 0 && h->kv_heads >= 1, MKVQ_E_SHAPE, "history kv_heads", h->kv_heads,
+            "at least 1");
+    PASS(check_head_dim(h->head_dim, error));
+    REQUIRE(h->batch == 0 || h->blocks, MKVQ_E_NULL, "blocks", 0, "an address");
+    if (h->checked)
+        return MKVQ_OK;
+    for (int64_t b = 0; b < h->batch; b++) {
+        REQUIRE(h->blocks[b] >= 0 && h->blocks[b] <= h->place_stride, MKVQ_E_SHAPE, "blocks",
+                h->blocks[b], "0 to the number of places per head");
+        REQUIRE(h->blocks[b] == 0 || (h->place && h->slab_base && h->slab_bytes), MKVQ_E_NULL,
+                "place", 0, "an address");
     }
+    return check_records(h, block_tokens, error);
+}
+
+mkvq_status mkvq_check_history(mkvq_history *history, mkvq_error *error)
+{
+    int32_t tokens = 0;
+    REQUIRE(history, MKVQ_E_NULL, "history", 0, "an address");
+    history->checked = 0;
+    PASS(check_history(history, &tokens, error));
+    history->checked = 1, history->block_tokens = tokens;
     return MKVQ_OK;
 }
 
 static int64_t history_tokens(const mkvq_history *h, int64_t row)
 {
     int64_t tokens = 0;
+    if (h->checked && h->block_tokens)
+        return h->blocks[row] * h->block_tokens;
     for (int64_t j = 0; j < h->blocks[row]; j++) {
         mkvq_header head;
         memcpy(&head, mkvq_record_at(h, row, 0, j), sizeof head);
@@ -371,7 +391,8 @@ mkvq_status mkvq_check_pack(const mkvq_pack_args *a, mkvq_error *error)
 mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
-    PASS(check_history(a->history, error));
+    int32_t ignored;
+    PASS(check_history(a->history, &ignored, error));
     PASS(check_view(&a->k, "k", error));
     PASS(check_view(&a->v, "v", error));
     PASS(same_shape(&a->k, &a->v, "v", error));
@@ -413,7 +434,8 @@ mkvq_status mkvq_check_append(const mkvq_append_args *a, mkvq_error *error)
 mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
-    PASS(check_history(a->history, error));
+    int32_t ignored;
+    PASS(check_history(a->history, &ignored, error));
     PASS(check_view(&a->q, "q", error));
     PASS(check_view(&a->out, "out", error));
     PASS(same_shape(&a->q, &a->out, "out", error));
@@ -437,7 +459,11 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
     REQUIRE(isfinite(a->scaling), MKVQ_E_VALUE, "scaling", 0, "finite");
     REQUIRE(a->mask_kind >= 0 && a->mask_kind <= MKVQ_MASK_ARRAY, MKVQ_E_VALUE, "mask_kind",
             a->mask_kind, "0, 1 or 2");
+    REQUIRE(a->precision >= 0 && a->precision <= MKVQ_PRECISION_FAST, MKVQ_E_VALUE, "precision",
+            a->precision, "0, 1 or 2");
     REQUIRE(h->batch == 0 || a->exact, MKVQ_E_NULL, "exact", 0, "an address");
+    REQUIRE(!a->workspace || a->workspace_bytes >= mkvq_attend_workspace(a), MKVQ_E_SPACE,
+            "workspace", a->workspace_bytes, "mkvq_attend_workspace bytes, or NULL");
     if (a->mask_kind == MKVQ_MASK_ARRAY) {
         REQUIRE(is_float(a->mask.dtype) || a->mask.dtype == MKVQ_BOOL, MKVQ_E_DTYPE, "mask",
                 a->mask.dtype, "bool or a float type");

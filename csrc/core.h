@@ -1,27 +1,43 @@
 /* core.h - inside of the core: the kernel table that an instruction set fills, and the units of
  * work that kernels take.
  *
- * A unit is what one thread does on its own: one row and head of a pack (or a whole row), one tile
+ * A unit is what one thread does on its own: one block of a head (or of a row) of a pack, one tile
  * of query rows of an attention. Arguments have been checked. */
 #ifndef MKVQ_CORE_H
 #define MKVQ_CORE_H
 #include "layout.h"
 
+#define MKVQ_INLINE inline __attribute__((always_inline))
+
 #define MKVQ_TILE_ROWS 8     /* query rows that share one reading of the codes */
 #define MKVQ_TILE_TOKENS 128 /* tokens scored before their values are added */
+
+/* How an attention is cut into units of work: it depends on the sizes of the call, never on the
+ * number of threads. */
+typedef struct {
+    int64_t tiles, rows; /* tiles of a head, query rows of a tile */
+    int64_t runs;        /* runs of blocks of a head, merged at the end */
+} mkvq_attend_plan;
 
 typedef struct {
     const char *name;
     void (*salience)(const mkvq_salience_args *, int64_t row, int64_t head);
-    void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head);
-    void (*pack_layer)(const mkvq_pack_args *, int64_t row); /* all heads, for ALLOCATE_LAYER */
+    /* With a reference all units of pack_reference come before the first of pack; with
+     * ALLOCATE_LAYER a unit has all heads of its row. */
+    void (*pack_reference)(const mkvq_pack_args *, int64_t row, int64_t head);
+    void (*pack)(const mkvq_pack_args *, int64_t row, int64_t head, int64_t block);
     void (*unpack)(const mkvq_unpack_args *, int64_t row, int64_t head);
-    void (*attend)(const mkvq_attend_args *, int64_t row, int64_t head, int64_t tile);
+    void (*attend)(const mkvq_attend_args *, const mkvq_attend_plan *, int64_t row, int64_t head,
+                   int64_t tile, int64_t run, float *partial);
+    void (*merge)(const mkvq_attend_args *, const mkvq_attend_plan *, int64_t row, int64_t head,
+                  int64_t tile, const float *partials);
 } mkvq_kernels;
 
 extern const mkvq_kernels mkvq_kernels_scalar;
 #if defined(__x86_64__)
-extern const mkvq_kernels mkvq_kernels_avx2;
+extern const mkvq_kernels mkvq_kernels_avx2, mkvq_kernels_avx512;
+#elif defined(__aarch64__)
+extern const mkvq_kernels mkvq_kernels_neon;
 #endif
 
 const mkvq_kernels *mkvq_kernel_table(void);
@@ -35,6 +51,11 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
 static inline int mkvq_has_budget(const mkvq_codec *codec)
 {
     return codec->allocate == MKVQ_ALLOCATE_BUDGET || codec->allocate == MKVQ_ALLOCATE_LAYER;
+}
+
+static inline int mkvq_has_reference(const mkvq_codec *codec)
+{
+    return codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
 }
 
 static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,

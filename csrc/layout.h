@@ -33,8 +33,8 @@ typedef char mkvq_header_is_32_bytes[sizeof(mkvq_header) == MKVQ_HEADER_BYTES ? 
 /* A record's fields and section offsets, from its header and channel map. */
 typedef struct {
     mkvq_header head;
-    uint8_t tier[MKVQ_MAX_HEAD_DIM];
-    uint8_t order[MKVQ_MAX_HEAD_DIM]; /* stored index -> channel: coded channels, then exact ones */
+    uint8_t order[MKVQ_MAX_HEAD_DIM + 8]; /* stored index -> channel: coded channels, then exact
+                                             ones; room for whole words */
     int counts[MKVQ_TIERS];
     int coded;                    /* channels that have codes */
     int columns[4];               /* 8, 4, two and one bit */
@@ -70,21 +70,77 @@ static inline int64_t mkvq_value_rows(int bits, int64_t tokens)
     return bits == 3 ? tokens / 16 + tokens / 32 : tokens * bits / 32;
 }
 
-/* Fills counts and stored order from `tier`. */
-static inline void mkvq_layout_order(mkvq_layout *layout)
+/* The channels 8i + j whose bit j of `bits` is set, ascending, one byte each; the other bytes are
+ * garbage. */
+static inline uint64_t mkvq_set_channels(unsigned bits, int first)
 {
-    static const uint8_t rank[MKVQ_TIERS] = {4, 3, 2, 1, 0, 5}; /* 8, 4, 3, 2, 1 bits, exact */
-    int next[MKVQ_TIERS + 1] = {0};
+#define MKVQ_BIT(b, i) ((uint64_t)((b) >> (i) & 1))
+#define MKVQ_BELOW(b, i) __builtin_popcount((b) & ((1u << (i)) - 1))
+#define MKVQ_SET(b, i) (MKVQ_BIT(b, i) * (i) << 8 * (MKVQ_BELOW(b, i) & 7))
+#define MKVQ_SETS(b) \
+    (MKVQ_SET(b, 1) | MKVQ_SET(b, 2) | MKVQ_SET(b, 3) | MKVQ_SET(b, 4) | MKVQ_SET(b, 5) | \
+     MKVQ_SET(b, 6) | MKVQ_SET(b, 7))
+#define MKVQ_SETS4(b) MKVQ_SETS(b), MKVQ_SETS(b + 1), MKVQ_SETS(b + 2), MKVQ_SETS(b + 3)
+#define MKVQ_SETS16(b) MKVQ_SETS4(b), MKVQ_SETS4(b + 4), MKVQ_SETS4(b + 8), MKVQ_SETS4(b + 12)
+#define MKVQ_SETS64(b) MKVQ_SETS16(b), MKVQ_SETS16(b + 16), MKVQ_SETS16(b + 32), MKVQ_SETS16(b + 48)
+    static const uint64_t sets[256] = {MKVQ_SETS64(0u), MKVQ_SETS64(64u), MKVQ_SETS64(128u),
+                                       MKVQ_SETS64(192u)};
+    return sets[bits] + UINT64_C(0x0101010101010101) * (unsigned)first;
+}
+
+/* Bits 0, 3, 6 ... 21 of x, side by side. */
+static inline unsigned mkvq_every_third(uint32_t x)
+{
+    x &= 0x249249;
+    x = (x ^ x >> 2) & 0x0c30c3;
+    x = (x ^ x >> 4) & 0x00f00f;
+    return (x ^ x >> 8) & 0xff;
+}
+
+/* Fills counts, stored order and `coded` from a channel map: three bits per channel, eight channels
+ * in three bytes. Tier ids above the last are of no tier: `counts` then add up to less than
+ * head_dim. */
+static inline void mkvq_layout_order(mkvq_layout *layout, const uint8_t *map)
+{
+    static const uint8_t rank[MKVQ_TIERS] = {MKVQ_TIER_8, MKVQ_TIER_4, MKVQ_TIER_3,
+                                             MKVQ_TIER_2, MKVQ_TIER_1, MKVQ_TIER_EXACT};
+    uint64_t plane[3][MKVQ_MAX_HEAD_DIM / 64] = {{0}}; /* bit c: a bit of the id of channel c */
+    uint8_t *bytes[3] = {(uint8_t *)plane[0], (uint8_t *)plane[1], (uint8_t *)plane[2]};
     const int dim = layout->head.head_dim;
-    for (int c = 0; c < dim; c++)
-        next[rank[layout->tier[c]] + 1]++;
-    for (int t = 0; t < MKVQ_TIERS; t++)
-        layout->counts[t] = next[rank[t] + 1];
-    for (int r = 0; r < MKVQ_TIERS; r++)
-        next[r + 1] += next[r];
-    for (int c = 0; c < dim; c++)
-        layout->order[next[rank[layout->tier[c]]]++] = (uint8_t)c;
-    layout->coded = dim - layout->counts[MKVQ_TIER_EXACT];
+    int n = 0;
+    for (int c = 0; c < dim; c += 8, map += 3) {
+        const uint32_t word = map[0] | (uint32_t)map[1] << 8 | (uint32_t)map[2] << 16;
+        for (int i = 0; i < 3; i++)
+            bytes[i][c / 8] = (uint8_t)mkvq_every_third(word >> i);
+    }
+    for (int r = 0; r < MKVQ_TIERS; r++) {
+        const int t = rank[r], begin = n;
+        for (int w = 0; w < (dim + 63) / 64; w++) {
+            uint64_t of = (t & 1 ? plane[0][w] : ~plane[0][w]) &
+                          (t & 2 ? plane[1][w] : ~plane[1][w]) &
+                          (t & 4 ? plane[2][w] : ~plane[2][w]);
+            if (64 * w + 64 > dim)
+                of &= (UINT64_C(1) << (dim - 64 * w)) - 1;
+            for (int c = 64 * w; of; c += 8, of >>= 8) {
+                const uint64_t channels = mkvq_set_channels(of & 255, c);
+                memcpy(layout->order + n, &channels, 8);
+                n += __builtin_popcount(of & 255);
+            }
+        }
+        layout->counts[t] = n - begin;
+    }
+    layout->coded = n - layout->counts[MKVQ_TIER_EXACT];
+}
+
+/* Tier of the channel at index `stored`. */
+static inline int mkvq_stored_tier(const mkvq_layout *layout, int stored)
+{
+    static const uint8_t rank[MKVQ_TIERS - 1] = {MKVQ_TIER_8, MKVQ_TIER_4, MKVQ_TIER_3, MKVQ_TIER_2,
+                                                 MKVQ_TIER_1};
+    for (int r = 0; r < MKVQ_TIERS - 1; stored -= layout->counts[rank[r]], r++)
+        if (stored < layout->counts[rank[r]])
+            return rank[r];
+    return MKVQ_TIER_EXACT;
 }
 
 /* Fills section offsets and length from head and counts. */
@@ -163,16 +219,6 @@ static inline mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int to
     return (mkvq_code_place){token / per, bits * (token % per), -1, 0, (1u << bits) - 1};
 }
 
-/* Channel map, three bits per channel, eight channels in three bytes. */
-static inline void mkvq_map_read(const uint8_t *map, int dim, uint8_t *tier)
-{
-    for (int c = 0; c < dim; c += 8, map += 3) {
-        const uint32_t word = map[0] | (uint32_t)map[1] << 8 | (uint32_t)map[2] << 16;
-        for (int i = 0; i < 8; i++)
-            tier[c + i] = word >> 3 * i & 7;
-    }
-}
-
 static inline void mkvq_map_write(uint8_t *map, int dim, const uint8_t *tier)
 {
     for (int c = 0; c < dim; c += 8, map += 3) {
@@ -183,15 +229,17 @@ static inline void mkvq_map_write(uint8_t *map, int dim, const uint8_t *tier)
     }
 }
 
-/* Reads a record that has been checked. */
+/* Reads a record whose header has been checked. */
 static inline void mkvq_layout_read(mkvq_layout *layout, const uint8_t *record)
 {
     memcpy(&layout->head, record, sizeof layout->head);
-    if (layout->head.kind == MKVQ_KIND_EXACT)
-        memset(layout->tier, MKVQ_TIER_EXACT, sizeof layout->tier);
-    else
-        mkvq_map_read(record + MKVQ_HEADER_BYTES, layout->head.head_dim, layout->tier);
-    mkvq_layout_order(layout);
+    if (layout->head.kind == MKVQ_KIND_EXACT) {
+        memset(layout->counts, 0, sizeof layout->counts);
+        layout->counts[MKVQ_TIER_EXACT] = layout->head.head_dim, layout->coded = 0;
+        for (int c = 0; c < layout->head.head_dim; c++)
+            layout->order[c] = (uint8_t)c;
+    } else
+        mkvq_layout_order(layout, record + MKVQ_HEADER_BYTES);
     mkvq_layout_sections(layout);
 }
 #endif

@@ -158,7 +158,8 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error);
  * out + ((b*H + h) * max_blocks + j) * out_stride and stores the record's length in sizes[b,h,j]
  * (0 for j >= blocks[b]). Blocks of a head are taken in order; the first that becomes a coded
  * record sets mu where has_mu is 0. Slots of out may be scribbled on behind the record. Cost: one
- * pass for statistics, one for codes. One thread takes a head, or with LAYER a row. */
+ * pass for statistics, one for codes. Threads share heads until they have mu, then blocks; with LAYER
+ * rows and blocks of all heads. */
 typedef struct {
     const mkvq_codec *codec;
     mkvq_view k, v;        /* [B,H,n,D], codec->dtype */
@@ -186,7 +187,13 @@ typedef struct {
     const int64_t *blocks; /* [B] records per head */
     const uint16_t *mu; /* [B,H,D] float16 bits; NULL when no record is coded against a reference */
     int32_t batch, kv_heads, head_dim;
+    /* Set by mkvq_check_history; 0, 0: every call reads and checks all records itself. */
+    int32_t checked;      /* 1: records, places and numbers of blocks are as they were checked */
+    int32_t block_tokens; /* of every record, 0 if they differ or are not known */
 } mkvq_history;
+
+/* Checks all records of a history once, so that calls need not; they must not change after. */
+mkvq_status mkvq_check_history(mkvq_history *history, mkvq_error *error);
 
 /* Writes the decoded tokens of row b to k and v from token index first[b] on, rounded to the
  * dtype of the views. */
@@ -211,14 +218,21 @@ typedef struct {
 mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error);
 
 /* ---- attention ------------------------------------------------------------------------------- */
+/* How codes are multiplied. DEFAULT: queries and probabilities as 16-bit integers, relative L2 error
+ * against float64 attention on the unpacked values below 2e-3; EXACT: float32, below 1e-5. Exact
+ * tokens and channels are always multiplied in float32. FAST: as DEFAULT, but queries as 8-bit integers
+ * where they meet columns of two-bit keys only; below 6e-2. */
+typedef enum { MKVQ_PRECISION_DEFAULT, MKVQ_PRECISION_EXACT, MKVQ_PRECISION_FAST } mkvq_precision;
+
 /* out = softmax(cap(scaling * q k^T) + mask) v over, per row, sinks, packed blocks and window,
  * in this order. Let N_b = exact[b] + tokens in blocks: token t of row b is column start[b] + t
  * of the mask, and query i stands at token N_b - n + i (what CAUSAL means). cap(s) = softcap *
  * tanh(s / softcap). sink_logits[Q] add exp(logit) to the denominator (attention sinks of gpt-
  * oss). A query that may see no token gets zeros. A NaN or Inf in a key reaches the queries that
  * may see the token, one in a value all queries of its head (0 * NaN), as in unfused attention.
- * Accumulates in float32; relative L2 error against float64 attention on the unpacked values is
- * below 1e-5. */
+ * Heads with many blocks are cut into runs, whose results are merged: this takes
+ * mkvq_attend_workspace(args) bytes; without a workspace no head is cut. Results depend on whether
+ * there is one, in the last bits, never on the number of threads. */
 typedef enum { MKVQ_MASK_NONE, MKVQ_MASK_CAUSAL, MKVQ_MASK_ARRAY } mkvq_mask;
 typedef struct {
     mkvq_view q, out;            /* [B,Q,n,D] float; out may have any strides and another dtype */
@@ -231,8 +245,13 @@ typedef struct {
     mkvq_view mask;    /* ARRAY: [B,Q,n,columns], BOOL (nonzero = may attend) or float (added) */
     float scaling, softcap;   /* softcap 0: none */
     const float *sink_logits; /* [Q] or NULL */
+    int32_t precision;        /* mkvq_precision */
+    void *workspace;          /* aligned to 4 bytes, or NULL */
+    int64_t workspace_bytes;
     mkvq_executor executor;
 } mkvq_attend_args;
+/* Bytes of workspace for these sizes of q and history; nothing else is looked at. */
+int64_t mkvq_attend_workspace(const mkvq_attend_args *args);
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error);
 
 /* ---- instruction sets ------------------------------------------------------------------------ */
@@ -256,6 +275,7 @@ typedef struct {
     mkvq_status (*unpack)(const mkvq_unpack_args *, mkvq_error *);
     mkvq_status (*append)(const mkvq_append_args *, mkvq_error *);
     mkvq_status (*attend)(const mkvq_attend_args *, mkvq_error *);
+    int64_t (*attend_workspace)(const mkvq_attend_args *);
     void (*set_executor)(mkvq_executor); /* the one that mixkvq._core passes to the core */
     mkvq_executor (*executor)(void);     /* that one, within MIXKVQ_NUM_THREADS; NULL: none */
 } mkvq_api;

@@ -60,6 +60,7 @@ class Layer:
         scaling: float,
         softcap: float,
         sink_logits: Array | None,
+        precision: int,
         /,
     ) -> None: ...
     def append(self, k_new: Array, v_new: Array, /) -> None: ...

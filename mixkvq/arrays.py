@@ -20,6 +20,9 @@ from .config import ALLOCATE, BlockCodec
 DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3}
 """The core's codes of element types (``mkvq_dtype``)."""
 
+PRECISIONS = {"default": 0, "exact": 1, "fast": 2}
+"""The core's codes of how attention multiplies (``mkvq_precision``)."""
+
 _NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _SLAB_SHIFT = 40
 
@@ -64,6 +67,14 @@ def codec_of_numbers(fields: Sequence[int], thresholds: Sequence[float]) -> _cor
     """The checked codec of the core from what `codec_numbers` returned."""
     patterns = [fields[i : i + 6] for i in range(15, len(fields), 6)]
     return cast(_core.Codec, cast(Any, _core.Codec)(*fields[:15], *thresholds, patterns))
+
+
+def precision_code(precision: str) -> int:
+    """The core's code of a precision; ValueError for an unknown name."""
+    code = PRECISIONS.get(precision)
+    if code is None:
+        raise ValueError(f"precision is {precision!r}, must be one of {', '.join(map(repr, PRECISIONS))}")
+    return code
 
 
 @lru_cache(maxsize=256)
@@ -270,6 +281,7 @@ def attend(
     scaling: float | None = None,
     softcap: float = 0.0,
     sink_logits: ArrayLike | None = None,
+    precision: str = "default",
 ) -> NDArray[np.float32]:
     """Attention over packed blocks and a window of exact tokens.
 
@@ -300,6 +312,9 @@ def attend(
         Default ``D ** -0.5``.
     softcap : float
         c of ``c * tanh(score / c)``; 0: none.
+    precision : {"default", "exact"}
+        How codes are multiplied: 16-bit queries and probabilities, within 2e-3 of float64 attention on the unpacked
+        values; or float32, within 1e-5.
     sink_logits : float32 [Q], optional
         Logits added to the softmax denominator.
 
@@ -320,7 +335,7 @@ def attend(
     sinks = None if sink_logits is None else np.ascontiguousarray(sink_logits, np.float32)
     out = np.empty(q.shape, np.float32)
     handle = _layer(records, k, v, exact, start, sink_length, mu)
-    handle.attend(q, out, allowed, isinstance(mask, str), scale, softcap, sinks)
+    handle.attend(q, out, allowed, isinstance(mask, str), scale, softcap, sinks, precision_code(precision))
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_EXTRAS = {"optuna": "calibrate", "lm_eval": "eval", "scipy": "eval"}
+_EXTRAS = {"optuna": "calibrate", "lm_eval": "eval", "scipy": "bench"}
 
 
 class UserError(Exception):

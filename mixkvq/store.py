@@ -289,7 +289,7 @@ class PackedStore:
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
         handle = self._handle or self._core()
-        return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, observe)
+        return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, "exact", observe)
 
     @outside_autograd
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

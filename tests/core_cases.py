@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -20,9 +22,15 @@ TROUBLES = (
 )  # fmt: skip
 
 
+SHARE = float(os.environ.get("MIXKVQ_EXAMPLES") or 1)
+"""Share of the hypothesis examples that are run: less than 1 where a machine is emulated."""
+
+
 def examples(count: int, *, fixed: bool = True) -> settings:
     """Hypothesis settings: ``count`` examples, the same ones in every run unless ``fixed`` is False."""
-    return settings(max_examples=count, derandomize=fixed, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=math.ceil(count * SHARE), derandomize=fixed, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 @st.composite

@@ -57,7 +57,7 @@ def window(batch: int = 2, heads: int = 2, capacity: int = 8, dim: int = 16) -> 
 
 def attend(layer, q, out=None, mask=None, causal=False, scaling=0.25, softcap=0.0, sink_logits=None):
     out = np.zeros(q.shape, np.float32) if out is None else out
-    layer.attend(q, out, mask, causal, scaling, softcap, sink_logits)
+    layer.attend(q, out, mask, causal, scaling, softcap, sink_logits, 1)
     return out
 
 
@@ -331,7 +331,7 @@ POOL = """
         for i in range(end, begin, -1):  # backwards, one by one
             body(i - 1, i, ctx)
         return STATUS
-    q = np.random.default_rng(0).standard_normal((3, 4, 5, 16))
+    q = np.random.default_rng(0).standard_normal((3, 4, TOKENS, 16))
     plain = arrays.salience(q.astype(np.float32), 2, power=2)
     _core.set_executor_address(ctypes.cast(pool, ctypes.c_void_p).value)
     again = arrays.salience(q.astype(np.float32), 2, power=2)
@@ -345,12 +345,14 @@ POOL = """
 @pytest.mark.parametrize(("threads", "grain"), [("", 1), ("4", 2), ("2", 3), ("100", 1)])
 def test_loops_run_in_the_pool_that_was_given(threads, grain):
     """Six units of work (three rows, two heads); MIXKVQ_NUM_THREADS caps the ranges they are cut into."""
-    result = python(POOL.replace("STATUS", "0"), MIXKVQ_NUM_THREADS=threads)
+    result = python(POOL.replace("STATUS", "0").replace("TOKENS", "700"), MIXKVQ_NUM_THREADS=threads)
     assert result.stdout.strip() == str([(0, 6, grain)]), result.stderr
 
 
-def test_one_thread_needs_no_pool():
-    result = python(POOL.replace("STATUS", "0"), MIXKVQ_NUM_THREADS="1")
+@pytest.mark.parametrize(("threads", "tokens"), [("1", "700"), ("", "600")])
+def test_one_thread_and_small_work_need_no_pool(threads, tokens):
+    """3 · 4 · 600 · 16 elements are less than 2^17, 700 tokens are more."""
+    result = python(POOL.replace("STATUS", "0").replace("TOKENS", tokens), MIXKVQ_NUM_THREADS=threads)
     assert result.stdout.strip() == "[]", result.stderr
 
 

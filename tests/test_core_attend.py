@@ -14,7 +14,7 @@ from mixkvq import reference
 from mixkvq.config import BlockCodec, MixKVQConfig
 
 pytest_plugins = ["core_fixtures"]
-BOUND = 1e-5
+BOUNDS = {"exact": 1e-5, "default": 2e-3, "fast": 6e-2}
 
 
 def history(rng: np.random.Generator, codec: BlockCodec, batch: int, heads: int, max_blocks: int, exact_share: float):
@@ -46,12 +46,12 @@ def relative(got, expected):
     return miss, size
 
 
-def check(got, expected):
+def check(got, expected, precision="exact"):
     """The stated bound for every row of the batch; no single query far beyond it."""
-    miss, size = relative(got, expected)
+    miss, size, bound = *relative(got, expected), BOUNDS[precision]
     for b in range(len(got)):
-        assert np.linalg.norm(miss[b]) <= BOUND * np.linalg.norm(size[b])
-    assert (miss <= 20 * BOUND * size + 1e-7).all()
+        assert np.linalg.norm(miss[b]) <= bound * np.linalg.norm(size[b])
+    assert (miss <= 20 * bound * size + 1e-7).all()
 
 
 def random_mask(rng: np.random.Generator, kind: str, batch: int, heads: int, queries: int, columns: int):
@@ -95,10 +95,11 @@ def random_attend(
         "sink_logits": rng.standard_normal(heads * group).astype(np.float32) if rng.random() < 0.3 else None,
     }
     expected = reference.attend(q, records, k, v, exact, **options)
-    got = arrays.attend(q, records, k, v, exact, **options)
-    assert got.shape == expected.shape
-    assert got.dtype == np.float32
-    check(got, expected)
+    for precision in BOUNDS:
+        got = arrays.attend(q, records, k, v, exact, **options, precision=precision)
+        assert got.shape == expected.shape
+        assert got.dtype == np.float32
+        check(got, expected, precision)
 
 
 CASES = (
@@ -118,6 +119,13 @@ def test_attention_is_within_the_bound(isa, seed, codec, heads, group, queries, 
     random_attend(seed, codec, heads, group, queries, mask_kind, blocks)
 
 
+@examples(25)
+@given(*CASES[:-1], st.sampled_from([9, 17, 40]))
+def test_runs_of_blocks_are_merged(isa, seed, codec, heads, group, queries, mask_kind, blocks):
+    """Rows of a batch have different numbers of blocks, some none in some runs."""
+    random_attend(seed, codec, min(heads, 2), group, min(queries, 4), mask_kind, blocks)
+
+
 @pytest.mark.slow
 @examples(2000, fixed=False)
 @given(*CASES)
@@ -126,10 +134,38 @@ def test_attention_is_within_the_bound_at_length(isa, seed, codec, heads, group,
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("preset", ["default", "compact", "kivi-2", "lossless"])
+@pytest.mark.parametrize("preset", ["default", "compact", "near-lossless", "paper", "kivi-2", "kivi-4", "lossless"])
 def test_presets_are_within_the_bound(isa, preset, head_dim):
     codec = MixKVQConfig.preset(preset).codec(head_dim, DTYPES[head_dim // 8 % 3])
     random_attend(head_dim, codec, 2, 4, 1, "causal", 6)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("value_bits", [1, 2, 3, 4, 8])
+def test_every_number_of_query_rows(isa, group, value_bits):
+    """Every kernel is compiled once per number of rows that share a pass."""
+    config = MixKVQConfig.preset("default", value_bits=value_bits, residual_length=64, block_length=64)
+    random_attend(value_bits, config.codec(80, "float32"), 2, group, 1, "none", 4)
+
+
+def test_outlier_channels_are_within_the_default_bound(isa):
+    """A channel with large keys and queries sets the scale of all 16-bit operands of its tier."""
+    from mixkvq import arrays
+
+    rng = np.random.default_rng(5)
+    width = np.exp(rng.standard_normal(128))
+    width[[3, 77]] *= 8
+    k = (rng.standard_normal((256, 128)) * width / 2).astype(np.float32)
+    v = rng.standard_normal((256, 128)).astype(np.float32)
+    q = (rng.standard_normal((1, 4, 2, 128)) * np.exp(0.6 * rng.standard_normal(128))).astype(np.float32)
+    none = np.zeros((1, 1, 0, 128), np.float32)
+    for preset in ("default", "compact", "near-lossless", "kivi-2", "kivi-4"):
+        codec = MixKVQConfig.preset(preset).codec(128, "float32")
+        records, mu, _ = reference.pack_head(codec, k, v, np.sqrt((q**2).mean((0, 1, 2))).astype(np.float32))
+        mu = None if mu is None else mu[None, None]
+        expected = reference.attend(q, [[records]], none, none, [0], mu=mu)
+        got = arrays.attend(q, [[records]], none, none, [0], mu=mu)
+        assert (np.linalg.norm(got - expected, axis=-1) <= 2e-3 * np.linalg.norm(expected, axis=-1)).all()
 
 
 def plain(dim=16, tokens=96, dtype="float32", poison=None):
@@ -155,7 +191,7 @@ def test_a_key_that_is_not_finite_reaches_the_queries_that_see_it(isa, value, to
     records, k, v, mu, rng = plain(poison=("k", token, value))
     q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
     q[..., 2] = np.abs(q[..., 2]) + 0.1
-    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu, precision="exact")
     expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
     assert np.isnan(got[:, :, token:]).all()
     assert np.isnan(expected[:, :, token:]).all()
@@ -170,7 +206,7 @@ def test_a_value_that_is_not_finite_stays_in_its_channel(isa, value, token):
 
     records, k, v, mu, rng = plain(poison=("v", token, value))
     q = rng.standard_normal((1, 2, 96, 16)).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mask="causal", mu=mu, precision="exact")
     expected = reference.attend(q, records, k, v, [32], mask="causal", mu=mu)
     assert not np.isfinite(got[:, :, token:, 2]).any()
     check(np.delete(got, 2, axis=-1), np.delete(expected, 2, axis=-1))
@@ -181,7 +217,7 @@ def test_minus_infinity_in_a_key_hides_the_token(isa):
 
     records, k, v, mu, rng = plain(poison=("k", 70, -np.inf))
     q = np.abs(rng.standard_normal((1, 1, 3, 16))).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mu=mu, precision="exact")
     check(got, reference.attend(q, records, k, v, [32], mu=mu))
     assert np.isfinite(got).all()
 
@@ -192,7 +228,7 @@ def test_large_scores_do_not_overflow(isa):
 
     records, k, v, mu, rng = plain()
     q = (rng.standard_normal((1, 1, 8, 16)) * 1000).astype(np.float32)
-    got = arrays.attend(q, records, k, v, [32], mu=mu)
+    got = arrays.attend(q, records, k, v, [32], mu=mu, precision="exact")
     assert np.isfinite(got).all()
     expected = reference.attend(q, records, k, v, [32], mu=mu)
     assert (np.linalg.norm(got - expected, axis=-1) <= 5e-3 * np.linalg.norm(expected, axis=-1)).all()
@@ -206,7 +242,7 @@ def test_a_query_that_sees_nothing_gives_zeros(isa):
     mask = np.zeros((1, 1, 2, 96), bool)
     mask[0, 0, 1, 17] = True
     for sinks in (None, np.array([0.5], np.float32)):
-        got = arrays.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks)
+        got = arrays.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks, precision="exact")
         assert (got[0, 0, 0] == 0).all()
         assert (got[0, 0, 1] != 0).any()
         check(got, reference.attend(q, records, k, v, [32], mu=mu, mask=mask, sink_logits=sinks))
@@ -219,7 +255,7 @@ def test_more_causal_queries_than_tokens(isa):
 
     _, k, v, _, rng = plain()
     q = rng.standard_normal((1, 1, 7, 16)).astype(np.float32)
-    got = arrays.attend(q, [[[]]], k, v, [3], mask="causal")
+    got = arrays.attend(q, [[[]]], k, v, [3], mask="causal", precision="exact")
     assert (got[0, 0, :4] == 0).all()
     assert (got[0, 0, 4] == v[0, 0, 0]).all()
     check(got, reference.attend(q, [[[]]], k, v, [3], mask="causal"))

@@ -48,6 +48,15 @@ int mkvq_py_float(PyObject *obj, const char *name, float *value);
 extern PyType_Spec mkvq_py_codec_spec, mkvq_py_layer_spec;
 const mkvq_codec *mkvq_py_codec_of(PyObject *codec);
 
+/* ---- workspace.c ------------------------------------------------------------------------------- */
+typedef struct {
+    void *memory;
+    int64_t bytes;
+} mkvq_py_workspace;
+/* At least `bytes` bytes; on failure none, with MemoryError set. */
+mkvq_py_workspace mkvq_py_take_workspace(int64_t bytes);
+void mkvq_py_give_workspace(mkvq_py_workspace workspace);
+
 /* ---- parallel.c ------------------------------------------------------------------------------ */
 /* What the core gets as its executor: NULL (this thread) until one is installed. */
 mkvq_executor mkvq_py_executor(void);

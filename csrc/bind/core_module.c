@@ -6,9 +6,11 @@
 #include "array.h"
 
 static const mkvq_api api = {
-    MKVQ_API_VERSION,     mkvq_status_text, mkvq_check_codec, mkvq_record_bound, mkvq_inspect,
-    mkvq_salience,        mkvq_pack,        mkvq_unpack,      mkvq_append,       mkvq_attend,
-    mkvq_py_set_executor, mkvq_py_executor,
+    MKVQ_API_VERSION,  mkvq_status_text,      mkvq_check_codec,
+    mkvq_record_bound, mkvq_inspect,          mkvq_salience,
+    mkvq_pack,         mkvq_unpack,           mkvq_append,
+    mkvq_attend,       mkvq_attend_workspace, mkvq_py_set_executor,
+    mkvq_py_executor,
 };
 
 /* ---- instruction sets ------------------------------------------------------------------------ */

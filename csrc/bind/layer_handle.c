@@ -1,10 +1,12 @@
 /* layer_handle.c - mixkvq._core.Layer: the packed history and the exact window of one layer, parsed
- * once.
+ * and checked once.
  *
- * The handle keeps addresses (and references to the arrays it was given) and reads the arrays at
- * every call, so what is changed in place is seen. A call parses only what changes per step:
- * queries and output. */
+ * The handle copies where the records lie and checks them when it is made. Of the window and its
+ * lengths it keeps addresses (and references to the arrays it was given) and reads them at every
+ * call, so what is changed in place is seen. A call parses only what changes per step: queries and
+ * output. */
 #include "array.h"
+#include <string.h>
 
 typedef struct {
     PyObject_HEAD mkvq_history history;
@@ -12,10 +14,43 @@ typedef struct {
     int64_t *exact;
     const int64_t *start;
     int32_t sink_length;
+    int64_t *tables;  /* copies of slab_base, slab_bytes, place, blocks */
     PyObject *arrays; /* the constructor's arguments, kept alive */
 } handle;
 
 /* ---- life ------------------------------------------------------------------------------------ */
+static const void *copy_table(int64_t **to, const void *from, int64_t n)
+{
+    void *copy = *to;
+    if (n > 0)
+        memcpy(copy, from, (size_t)n * sizeof **to);
+    *to += n;
+    return copy;
+}
+
+/* Makes the tables the handle's own: nobody else can change what has been checked. */
+static int keep_history(handle *self)
+{
+    mkvq_history *h = &self->history;
+    const int64_t places = (int64_t)h->batch * h->kv_heads * h->place_stride;
+    mkvq_error error = {0};
+    int64_t *at = self->tables =
+        PyMem_Malloc((size_t)(2 * h->slabs + places + h->batch + 1) * sizeof(int64_t));
+    if (!at) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    h->slab_base = copy_table(&at, h->slab_base, h->slabs);
+    h->slab_bytes = copy_table(&at, h->slab_bytes, h->slabs);
+    h->place = copy_table(&at, h->place, places);
+    h->blocks = copy_table(&at, h->blocks, h->batch);
+    const mkvq_status status = mkvq_check_history(h, &error);
+    if (status == MKVQ_OK)
+        return 0;
+    mkvq_py_raise(status, &error);
+    return -1;
+}
+
 static int parse(handle *self, PyObject *const *o, int32_t sink_length)
 {
     mkvq_history *h = &self->history;
@@ -59,7 +94,7 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!self)
         return NULL;
     self->arrays = PyTuple_Pack(9, o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8]);
-    if (self->arrays && parse(self, o, sink_length) == 0)
+    if (self->arrays && parse(self, o, sink_length) == 0 && keep_history(self) == 0)
         return (PyObject *)self;
     Py_DECREF(self);
     return NULL;
@@ -84,6 +119,7 @@ static void layer_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     Py_CLEAR(((handle *)self)->arrays);
+    PyMem_Free(((handle *)self)->tables);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -99,6 +135,28 @@ static void stretch(mkvq_view *mask, const mkvq_view *q)
         }
 }
 
+/* Sizes that do not fit each other ask for no workspace and are refused by the call itself. */
+static PyObject *call_attend(mkvq_attend_args *a)
+{
+    const int fits = a->history->kv_heads > 0 && a->q.shape[1] >= a->history->kv_heads;
+    const int64_t bytes = fits ? mkvq_attend_workspace(a) : 0;
+    mkvq_py_workspace workspace = {NULL, 0};
+    mkvq_error error = {0};
+    mkvq_status status;
+    if (bytes > 0 && !(workspace = mkvq_py_take_workspace(bytes)).memory)
+        return NULL;
+    a->workspace = workspace.memory, a->workspace_bytes = workspace.bytes;
+    Py_BEGIN_ALLOW_THREADS
+    status = mkvq_attend(a, &error);
+    Py_END_ALLOW_THREADS
+    if (bytes > 0)
+        mkvq_py_give_workspace(workspace);
+    if (status == MKVQ_OK)
+        Py_RETURN_NONE;
+    mkvq_py_raise(status, &error);
+    return NULL;
+}
+
 static PyObject *layer_attend(PyObject *obj, PyObject *const *args, Py_ssize_t n)
 {
     handle *self = (handle *)obj;
@@ -111,11 +169,14 @@ static PyObject *layer_attend(PyObject *obj, PyObject *const *args, Py_ssize_t n
         .sink_length = self->sink_length,
         .executor = mkvq_py_executor(),
     };
-    if (mkvq_py_count(n, 7, "attend(q, out, mask, causal, scaling, softcap, sink_logits)") < 0 ||
+    if (mkvq_py_count(n, 8,
+                      "attend(q, out, mask, causal, scaling, softcap, sink_logits, "
+                      "precision)") < 0 ||
         mkvq_py_view(args[0], "q", 0, MKVQ_BF16, &a.q) < 0 ||
         mkvq_py_view(args[1], "out", MKVQ_PY_WRITE, MKVQ_BF16, &a.out) < 0 ||
         mkvq_py_float(args[4], "scaling", &a.scaling) < 0 ||
-        mkvq_py_float(args[5], "softcap", &a.softcap) < 0)
+        mkvq_py_float(args[5], "softcap", &a.softcap) < 0 ||
+        mkvq_py_int32(args[7], "precision", &a.precision) < 0)
         return NULL;
     const int causal = PyObject_IsTrue(args[3]);
     if (causal < 0)
@@ -137,7 +198,7 @@ static PyObject *layer_attend(PyObject *obj, PyObject *const *args, Py_ssize_t n
                       &sink_logits) < 0)
         return NULL;
     a.sink_logits = sink_logits;
-    MKVQ_PY_CALL(mkvq_attend(&a, &error));
+    return call_attend(&a);
 }
 
 static PyObject *layer_append(PyObject *obj, PyObject *const *args, Py_ssize_t n)
@@ -173,7 +234,7 @@ static PyObject *layer_unpack(PyObject *obj, PyObject *const *args, Py_ssize_t n
 
 static PyMethodDef methods[] = {
     {"attend", (PyCFunction)(void (*)(void))layer_attend, METH_FASTCALL,
-     "attend(q, out, mask, causal, scaling, softcap, sink_logits)\n--\n\n"
+     "attend(q, out, mask, causal, scaling, softcap, sink_logits, precision)\n--\n\n"
      "Attention of q [B,Q,n,D] over packed blocks and window into out, of the same shape."},
     {"append", (PyCFunction)(void (*)(void))layer_append, METH_FASTCALL,
      "append(k_new, v_new)\n--\n\nCopies new tokens [B,H,n,D] behind the window and counts them in "

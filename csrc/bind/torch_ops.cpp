@@ -234,7 +234,8 @@ void append_(Tensor k, Tensor v, Tensor exact, const Tensor k_new, const Tensor 
 Tensor attend(const Tensor q, const std::vector<Tensor> slabs, const Tensor place,
               const Tensor blocks, const Optional mu, const Tensor k, const Tensor v,
               const Tensor exact, const Optional start, int64_t sink_length, const Optional mask,
-              bool causal, double scaling, double softcap, const Optional sink_logits)
+              bool causal, double scaling, double softcap, const Optional sink_logits,
+              int64_t precision)
 {
     mkvq_attend_args a{};
     mkvq_error error{};
@@ -255,6 +256,13 @@ Tensor attend(const Tensor q, const std::vector<Tensor> slabs, const Tensor plac
     const Tensor rows = torch::stable::new_empty(q, {b, n, h, d});
     const Tensor out = torch::stable::transpose(rows, 1, 2);
     a.out = view(out, "out");
+    a.precision = static_cast<int32_t>(precision);
+    STD_TORCH_CHECK(history.c.kv_heads > 0 && h >= history.c.kv_heads, "q has ", h,
+                    " heads, must be a multiple of the history's ", history.c.kv_heads);
+    const Tensor workspace =
+        torch::stable::new_empty(q, {api->attend_workspace(&a)}, ScalarType::Byte);
+    a.workspace_bytes = workspace.numel();
+    a.workspace = a.workspace_bytes ? workspace.data_ptr() : nullptr;
     check(api->attend(&a, &error), error);
     return rows;
 }
@@ -271,7 +279,7 @@ STABLE_TORCH_LIBRARY(mixkvq, m)
         "append_(Tensor(a!) k, Tensor(b!) v, Tensor(c!) exact, Tensor k_new, Tensor v_new) -> ()");
     m.def("attend(Tensor q, Tensor[] slabs, Tensor place, Tensor blocks, Tensor? mu, Tensor k, "
           "Tensor v, Tensor exact, Tensor? start, int sink_length, Tensor? mask, bool causal, "
-          "float scaling, float softcap, Tensor? sink_logits) -> Tensor");
+          "float scaling, float softcap, Tensor? sink_logits, int precision=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixkvq, CPU, m)

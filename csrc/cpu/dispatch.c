@@ -4,44 +4,70 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
-static const mkvq_kernels *const tables[] = {
-    &mkvq_kernels_scalar,
+typedef struct {
+    const mkvq_kernels *kernels;
+    int (*supported)(void); /* by this CPU, and by the system: registers are saved */
+} isa_level;
+
+static int always(void)
+{
+    return 1;
+}
+
 #if defined(__x86_64__)
-    &mkvq_kernels_avx2,
+static int has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
+
+static int has_avx512(void)
+{
+#ifdef MKVQ_SIMDE /* the same source over SIMDe: see kernels_avx512.c */
+    return has_avx2();
+#else
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+}
+#endif
+
+/* Best last. */
+static const isa_level levels[] = {
+    {&mkvq_kernels_scalar, always},
+#if defined(__x86_64__)
+    {&mkvq_kernels_avx2, has_avx2},
+    {&mkvq_kernels_avx512, has_avx512},
+#elif defined(__aarch64__)
+    {&mkvq_kernels_neon, always}, /* part of the architecture */
 #endif
 };
 
-#define N_TABLES ((int)(sizeof tables / sizeof tables[0]))
+#define N_LEVELS ((int)(sizeof levels / sizeof levels[0]))
 
 static _Atomic(const mkvq_kernels *) chosen;
 
 int mkvq_isa_count(void)
 {
-    return N_TABLES;
+    return N_LEVELS;
 }
 
 const char *mkvq_isa_name(int level)
 {
-    return level >= 0 && level < N_TABLES ? tables[level]->name : NULL;
+    return level >= 0 && level < N_LEVELS ? levels[level].kernels->name : NULL;
 }
 
 int mkvq_isa_supported(int level)
 {
-    if (level < 0 || level >= N_TABLES)
-        return 0;
-#if defined(__x86_64__)
-    if (tables[level] == &mkvq_kernels_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-#endif
-    return 1;
+    return level >= 0 && level < N_LEVELS && levels[level].supported();
 }
 
 mkvq_status mkvq_set_isa(const char *name)
 {
-    for (int i = N_TABLES - 1; i >= 0; i--)
-        if (mkvq_isa_supported(i) && (!name || strcmp(name, tables[i]->name) == 0)) {
-            atomic_store_explicit(&chosen, tables[i], memory_order_release);
+    for (int i = N_LEVELS - 1; i >= 0; i--)
+        if (mkvq_isa_supported(i) && (!name || strcmp(name, levels[i].kernels->name) == 0)) {
+            atomic_store_explicit(&chosen, levels[i].kernels, memory_order_release);
             return MKVQ_OK;
         }
     return MKVQ_E_ISA;
@@ -65,15 +91,24 @@ const char *mkvq_isa(void)
 typedef struct {
     const mkvq_kernels *kernels;
     const void *args;
-    int64_t heads, tiles;
+    int64_t heads;
+    const mkvq_attend_plan *plan;
 } job;
 
-static void run(mkvq_executor executor, int64_t units, mkvq_body body, job *j)
+/* Waking a pool takes about 5 us if its threads have gone to sleep, 0.6 us if they still spin: work
+ * below this many element-operations, about 20 us of one thread, stays on the calling thread. An
+ * element-operation is a multiplication and addition of one lane, 0.02 to 0.05 ns with avx2. */
+#define SMALL_WORK (INT64_C(1) << 19)
+
+enum { SALIENCE_OPERATIONS = 4, PACK_OPERATIONS = 32, UNPACK_OPERATIONS = 8 }; /* per element */
+
+/* Runs body on `units` units that take `work` element-operations in all. */
+static void run(mkvq_executor executor, int64_t units, int64_t work, mkvq_body body, job *j)
 {
     j->kernels = mkvq_kernel_table();
     if (units <= 0)
         return;
-    if (executor && units > 1)
+    if (executor && units > 1 && work >= SMALL_WORK)
         executor(units, 1, body, j);
     else
         body(0, units, j);
@@ -91,23 +126,28 @@ mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_salience(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->kv_heads, 1};
-    run(args->executor, args->q.shape[0] * j.heads, salience_body, &j);
+    job j = {NULL, args, args->kv_heads, NULL};
+    const int64_t *shape = args->q.shape;
+    run(args->executor, shape[0] * j.heads,
+        shape[0] * shape[1] * shape[2] * shape[3] * SALIENCE_OPERATIONS, salience_body, &j);
     return MKVQ_OK;
+}
+
+static void pack_reference_body(int64_t begin, int64_t end, void *ctx)
+{
+    const job *j = ctx;
+    for (int64_t u = begin; u < end; u++)
+        j->kernels->pack_reference(j->args, u / j->heads, u % j->heads);
 }
 
 static void pack_body(int64_t begin, int64_t end, void *ctx)
 {
     const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->pack(j->args, u / j->heads, u % j->heads);
-}
-
-static void pack_layer_body(int64_t begin, int64_t end, void *ctx)
-{
-    const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->pack_layer(j->args, u);
+    const mkvq_pack_args *a = j->args;
+    for (int64_t u = begin; u < end; u++) {
+        const int64_t head = u / a->max_blocks;
+        j->kernels->pack(a, head / j->heads, head % j->heads, u % a->max_blocks);
+    }
 }
 
 mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
@@ -115,12 +155,37 @@ mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_pack(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->k.shape[1], 1};
-    if (args->codec->allocate == MKVQ_ALLOCATE_LAYER && j.heads > 0)
-        run(args->executor, args->k.shape[0], pack_layer_body, &j);
-    else
-        run(args->executor, args->k.shape[0] * j.heads, pack_body, &j);
+    const int64_t rows = args->k.shape[0], heads = args->k.shape[1];
+    if (rows == 0 || heads == 0 || args->max_blocks == 0)
+        return MKVQ_OK;
+    const int64_t block = (int64_t)args->codec->block_length * args->codec->head_dim *
+                          (2 * PACK_OPERATIONS); /* work */
+    const int layer = args->codec->allocate == MKVQ_ALLOCATE_LAYER;
+    job j = {NULL, args, layer ? 1 : heads, NULL};
+    if (mkvq_has_reference(args->codec)) {
+        int64_t unknown = 0;
+        for (int64_t i = 0; i < rows * heads; i++)
+            unknown += !args->has_mu[i] && args->blocks[i / heads] > 0;
+        run(args->executor, rows * j.heads, unknown * block, pack_reference_body, &j);
+    }
+    int64_t blocks = 0;
+    for (int64_t b = 0; b < rows; b++)
+        blocks += args->blocks[b] * heads;
+    run(args->executor, rows * j.heads * args->max_blocks, blocks * block, pack_body, &j);
     return MKVQ_OK;
+}
+
+/* Tokens of all rows: exact ones, and packed ones as if all blocks had the length of the first. */
+static int64_t count_tokens(const mkvq_history *h, const int64_t *exact)
+{
+    int64_t tokens = 0;
+    for (int64_t b = 0; b < h->batch; b++) {
+        tokens += exact ? exact[b] : 0;
+        if (h->blocks[b] > 0 && h->kv_heads > 0)
+            tokens += h->blocks[b] *
+                      ((const mkvq_header *)(const void *)mkvq_record_at(h, b, 0, 0))->tokens;
+    }
+    return tokens;
 }
 
 static void unpack_body(int64_t begin, int64_t end, void *ctx)
@@ -135,17 +200,62 @@ mkvq_status mkvq_unpack(const mkvq_unpack_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_unpack(args, error);
     if (status != MKVQ_OK)
         return status;
-    job j = {NULL, args, args->history->kv_heads, 1};
-    run(args->executor, args->history->batch * j.heads, unpack_body, &j);
+    const mkvq_history *h = args->history;
+    job j = {NULL, args, h->kv_heads, NULL};
+    run(args->executor, h->batch * j.heads,
+        count_tokens(h, NULL) * h->kv_heads * h->head_dim * (2 * UNPACK_OPERATIONS), unpack_body,
+        &j);
     return MKVQ_OK;
+}
+
+/* A unit is a tile of query rows over a run of blocks. Runs exist to give all threads work where
+ * there are few heads, and are no shorter than merging them is worth. */
+#define ATTEND_UNITS 96
+#define RUN_BLOCKS 8
+
+static mkvq_attend_plan plan_attend(const mkvq_attend_args *a)
+{
+    const mkvq_history *h = a->history;
+    const int64_t rows = a->q.shape[1] / h->kv_heads * a->q.shape[2];
+    mkvq_attend_plan plan = {(rows + MKVQ_TILE_ROWS - 1) / MKVQ_TILE_ROWS, 1, 1};
+    int64_t most = 0;
+    for (int64_t b = 0; b < h->batch; b++)
+        most = h->blocks[b] > most ? h->blocks[b] : most;
+    const int64_t units = h->batch * h->kv_heads * plan.tiles;
+    if (units > 0) {
+        const int64_t wanted = (ATTEND_UNITS + units - 1) / units,
+                      runs = (most + RUN_BLOCKS / 2) / RUN_BLOCKS;
+        plan.rows = (rows + plan.tiles - 1) / plan.tiles;
+        plan.runs = runs < 2 ? 1 : runs < wanted ? runs : wanted;
+    }
+    return plan;
+}
+
+static int64_t partial_floats(const mkvq_attend_args *a, const mkvq_attend_plan *plan)
+{
+    return plan->rows * (2 + a->q.shape[3]);
+}
+
+int64_t mkvq_attend_workspace(const mkvq_attend_args *args)
+{
+    const mkvq_attend_plan plan = plan_attend(args);
+    const mkvq_history *h = args->history;
+    return plan.runs == 1 ? 0
+                          : h->batch * h->kv_heads * plan.tiles * plan.runs *
+                                partial_floats(args, &plan) * (int64_t)sizeof(float);
 }
 
 static void attend_body(int64_t begin, int64_t end, void *ctx)
 {
     const job *j = ctx;
-    for (int64_t u = begin; u < end; u++)
-        j->kernels->attend(j->args, u / (j->heads * j->tiles), u / j->tiles % j->heads,
-                           u % j->tiles);
+    const mkvq_attend_args *a = j->args;
+    const mkvq_attend_plan *plan = j->plan;
+    for (int64_t u = begin; u < end; u++) {
+        const int64_t tile = u / plan->runs, head = tile / plan->tiles;
+        j->kernels->attend(
+            a, plan, head / j->heads, head % j->heads, tile % plan->tiles, u % plan->runs,
+            plan->runs > 1 ? (float *)a->workspace + u * partial_floats(a, plan) : NULL);
+    }
 }
 
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
@@ -153,9 +263,21 @@ mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
     const mkvq_status status = mkvq_check_attend(args, error);
     if (status != MKVQ_OK)
         return status;
-    const int64_t rows = args->q.shape[1] / args->history->kv_heads * args->q.shape[2];
-    job j = {NULL, args, args->history->kv_heads, (rows + MKVQ_TILE_ROWS - 1) / MKVQ_TILE_ROWS};
-    run(args->executor, args->history->batch * j.heads * j.tiles, attend_body, &j);
+    mkvq_attend_plan plan = plan_attend(args);
+    if (!args->workspace)
+        plan.runs = 1;
+    job j = {NULL, args, args->history->kv_heads, &plan};
+    const int64_t tiles = args->history->batch * j.heads * plan.tiles;
+    run(args->executor, tiles * plan.runs,
+        count_tokens(args->history, args->exact) * args->q.shape[1] * args->q.shape[2] *
+            (2 * args->q.shape[3]),
+        attend_body, &j);
+    for (int64_t t = 0; plan.runs > 1 && t < tiles; t++) {
+        const int64_t head = t / plan.tiles;
+        j.kernels->merge(args, &plan, head / j.heads, head % j.heads, t % plan.tiles,
+                         (const float *)args->workspace +
+                             t * plan.runs * partial_floats(args, &plan));
+    }
     return MKVQ_OK;
 }
 

@@ -1,6 +1,7 @@
 /* kernels.inl.h - all kernel bodies over the vector vocabulary included before it, and the table
  * of this instruction set. */
 #include "../core.h"
+#include <float.h>
 
 #include "load.inl.h"
 
@@ -20,11 +21,17 @@
 
 #include "salience.inl.h"
 
-#include "score.inl.h"
+#include "dot.inl.h"
 
-#include "value.inl.h"
+#include "fold.inl.h"
+
+#include "query.inl.h"
+
+#include "weight.inl.h"
+
+#include "window.inl.h"
 
 #include "attend.inl.h"
 
-const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME,   salience_unit, pack_unit,
-                                     pack_layer_unit, unpack_unit,   attend_unit};
+const mkvq_kernels MKVQ_ISA_TABLE = {MKVQ_ISA_NAME, salience_unit, pack_reference_unit, pack_unit,
+                                     unpack_unit,   attend_unit,   merge_unit};

@@ -133,8 +133,8 @@ static void copy_channel(const block_source *s, int channel, const float *x, uin
             memcpy(out, p, 2);
 }
 
-static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_t *record,
-                     float *largest)
+static int pack_keys(block_source *s, const mkvq_layout *l, const uint8_t *tiers, float *panel,
+                     uint8_t *record, float *largest)
 {
     const int tokens = l->head.tokens, size = mkvq_dtype_bytes(l->head.dtype);
     int stored_of[MKVQ_MAX_HEAD_DIM];
@@ -145,7 +145,7 @@ static int pack_keys(block_source *s, const mkvq_layout *l, float *panel, uint8_
         if (!s->kept && !load_panel(s, c, s->mu, panel))
             return 0;
         for (int i = 0; i < 8; i++) {
-            const int tier = l->tier[c + i], stored = stored_of[c + i];
+            const int tier = tiers[c + i], stored = stored_of[c + i];
             if (tier != MKVQ_TIER_EXACT) {
                 if (!pack_channel(s, l, tier, stored, x + i * tokens, record, largest))
                     return 0;
@@ -229,8 +229,8 @@ static int64_t pack_coded(block_source *s, const uint8_t *tiers, float *panel, u
     const mkvq_codec *codec = s->args->codec;
     mkvq_layout l;
     float largest[MKVQ_TIERS] = {0}, largest_value = 0.0f;
+    uint8_t map[3 * MKVQ_MAX_HEAD_DIM / 8];
     memset(&l, 0, sizeof l);
-    memcpy(l.tier, tiers, (size_t)codec->head_dim);
     mkvq_header *h = &l.head;
     h->magic = MKVQ_MAGIC, h->version = MKVQ_FORMAT_VERSION, h->kind = MKVQ_KIND_CODED;
     h->dtype = (uint8_t)codec->dtype, h->value_bits = (uint8_t)codec->value_bits;
@@ -243,17 +243,19 @@ static int64_t pack_coded(block_source *s, const uint8_t *tiers, float *panel, u
         h->metadata = (uint8_t)(h->metadata | codec->value_metadata << 4);
         h->flags = (uint8_t)(h->flags | (codec->value_rotation ? MKVQ_FLAG_ROTATION : 0));
     }
-    mkvq_layout_order(&l);
+    mkvq_map_write(map, codec->head_dim, tiers);
+    mkvq_layout_order(&l, map);
     mkvq_layout_sections(&l);
     memset(record, 0, (size_t)l.nbytes);
-    if (!pack_keys(s, &l, panel, record, largest) || !pack_values(s, &l, record, &largest_value))
+    if (!pack_keys(s, &l, tiers, panel, record, largest) ||
+        !pack_values(s, &l, record, &largest_value))
         return 0;
     for (int tier = MKVQ_TIER_4, i = 0; tier >= 0; tier--, i++)
         h->key_fold[i] = mkvq_fold_bound(largest[tier]);
     h->value_fold = mkvq_fold_bound(largest_value);
     h->nbytes = (uint32_t)l.nbytes;
     memcpy(record, h, sizeof *h);
-    mkvq_map_write(record + MKVQ_HEADER_BYTES, codec->head_dim, l.tier);
+    memcpy(record + MKVQ_HEADER_BYTES, map, (size_t)(3 * codec->head_dim / 8));
     return l.nbytes;
 }
 

@@ -36,7 +36,7 @@ static inline void get_values(const uint32_t *words, int64_t length, int at, mkv
 static void unpack_channel(const uint8_t *record, const mkvq_layout *l, int stored, float *x)
 {
     const int metadata = l->head.metadata & 15, group = l->head.key_group;
-    const int bits = mkvq_tier_bits(l->tier[l->order[stored]]);
+    const int bits = mkvq_tier_bits(mkvq_stored_tier(l, stored));
     const uint8_t *scales = record + l->key_meta;
     const uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(metadata) * l->key_groups * l->coded;
     for (int i = 0; i < l->key_groups; i++) {
@@ -97,7 +97,7 @@ static void unpack_keys(const mkvq_unpack_args *a, int64_t row, int64_t head, in
     for (int c = 0; c < dim; c += 8) {
         for (int i = 0; i < 8; i++) {
             float *x = panel + i * tokens;
-            if (l->tier[c + i] == MKVQ_TIER_EXACT) {
+            if (stored_of[c + i] >= l->coded) { /* exact */
                 const int64_t exact = stored_of[c + i] - l->coded;
                 load_row(x, record + l->exact_keys + exact * tokens * size, l->head.dtype, 1,
                          tokens);

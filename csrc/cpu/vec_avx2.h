@@ -1,13 +1,15 @@
 /* vec_avx2.h - the vector vocabulary of vec_scalar.h for AVX2 + FMA + F16C. Same names, same
- * results; only vf_fma rounds once. */
+ * results; only vf_fma rounds once. vec_avx512.h builds on it. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
 #include <immintrin.h>
 #include <math.h>
 
+#ifndef MKVQ_ISA_TABLE
 #define MKVQ_ISA_NAME "avx2"
 #define MKVQ_ISA_TABLE mkvq_kernels_avx2
+#endif
 
 /* a vector operation costs what one of its lanes would */
 #define MKVQ_WIDE 1
@@ -80,6 +82,13 @@ static inline vf vf_fma(vf a, vf b, vf c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline vf vf_fma_sum(vf a, vf b, vf sum)
+{
+    sum = _mm256_fmadd_ps(a, b, sum);
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 static inline vf vf_round(vf x)
 {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -119,6 +128,12 @@ static inline vf vf_previous(vf x)
 {
     const vf moved = _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6));
     return _mm256_blend_ps(moved, _mm256_setzero_ps(), 1);
+}
+
+static inline vf vf_hide_below(vf p, vf x, float limit)
+{
+    return _mm256_blendv_ps(p, _mm256_set1_ps(-INFINITY),
+                            _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ));
 }
 
 static inline vf vf_zero_below(vf p, vf x, float limit)
@@ -216,6 +231,43 @@ static inline vf vf_from_vi(vi x)
     return _mm256_cvtepi32_ps(x);
 }
 
+static inline vi vi_load_u8(const uint8_t *p)
+{
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+
+static inline vi vi_load_i8(const uint8_t *p)
+{
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+
+static inline vi vi_pair16(vi low, vi high)
+{
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+}
+
+/* The empty statement keeps gcc from summing up in trees, which need more registers than there
+ * are. */
+static inline vi vi_dot16(vi sum, vi a, vi b)
+{
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+/* 16-bit sums: 40 steps of two products of at most 3 * 127 fit */
+static inline vi vi_dot8(vi sum, vi a, vi b)
+{
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+static inline vi vi_dot8_total(vi sum)
+{
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
 static inline vf vf_pow2(vf n)
 {
     return _mm256_castsi256_ps(
@@ -260,4 +312,8 @@ static inline void vd_accumulate(double *sum, vf x, int power)
         _mm256_storeu_pd(sum + 4 * i, _mm256_add_pd(_mm256_loadu_pd(sum + 4 * i), term));
     }
 }
+
+#ifndef MKVQ_LANES
+#include "vec_wide8.h"
+#endif
 #endif

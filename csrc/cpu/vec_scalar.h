@@ -85,6 +85,12 @@ static inline vf vf_fma(vf a, vf b, vf c)
     return r;
 }
 
+/* fma for sums of many terms */
+static inline vf vf_fma_sum(vf a, vf b, vf sum)
+{
+    return vf_fma(a, b, sum);
+}
+
 /* Nearest integers, ties to even, of |x| < 2^22. */
 static inline vf vf_round(vf x)
 {
@@ -135,6 +141,13 @@ static inline vf vf_previous(vf x)
     for (int i = 1; i < 8; i++)
         r.lane[i] = x.lane[i - 1];
     return r;
+}
+
+/* p where x >= limit or x is NaN, else -infinity */
+static inline vf vf_hide_below(vf p, vf x, float limit)
+{
+    LANES(i) p.lane[i] = x.lane[i] < limit ? -INFINITY : p.lane[i];
+    return p;
 }
 
 /* p where x >= limit or x is NaN, else 0 */
@@ -253,6 +266,52 @@ static inline vf vf_from_vi(vi x)
     return r;
 }
 
+/* eight bytes, eight signed bytes */
+static inline vi vi_load_u8(const uint8_t *p)
+{
+    vi r;
+    LANES(i) r.lane[i] = p[i];
+    return r;
+}
+
+static inline vi vi_load_i8(const uint8_t *p)
+{
+    vi r;
+    LANES(i) r.lane[i] = (uint32_t)(int8_t)p[i];
+    return r;
+}
+
+/* lower half of low, lower half of high above it */
+static inline vi vi_pair16(vi low, vi high)
+{
+    LANES(i) low.lane[i] = (low.lane[i] & 0xffff) | high.lane[i] << 16;
+    return low;
+}
+
+/* sum + a.low * b.low + a.high * b.high of signed 16-bit halves, for dot products of many terms */
+static inline vi vi_dot16(vi sum, vi a, vi b)
+{
+    LANES(i)
+    sum.lane[i] += (uint32_t)((int16_t)a.lane[i] * (int16_t)b.lane[i] +
+                              (int16_t)(a.lane[i] >> 16) * (int16_t)(b.lane[i] >> 16));
+    return sum;
+}
+
+/* For sums of products of bytes 0 ... 3 of a with signed bytes of b: vi_dot8_total turns the sum of up
+ * to 40 steps, of four products each, into an integer. */
+static inline vi vi_dot8(vi sum, vi a, vi b)
+{
+    LANES(i)
+    for (int k = 0; k < 32; k += 8)
+        sum.lane[i] += (uint32_t)((int)(a.lane[i] >> k & 255) * (int8_t)(b.lane[i] >> k));
+    return sum;
+}
+
+static inline vi vi_dot8_total(vi sum)
+{
+    return sum;
+}
+
 /* 2^n of whole floats -126 <= n <= 127 */
 static inline vf vf_pow2(vf n)
 {
@@ -291,4 +350,6 @@ static inline void vd_accumulate(double *sum, vf x, int power)
         sum[i] += power == 2 ? a * a : fabs(a);
     }
 }
+
+#include "vec_wide8.h"
 #endif

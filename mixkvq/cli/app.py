@@ -12,6 +12,7 @@ from rich.console import Console
 from ..config import list_presets
 from ..errors import missing_package
 from ..eval.models import SMOLLM2
+from .bench import app as bench
 from .evaluate import app as evaluate
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ _THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as 
 
 
 app.add_typer(evaluate, name="eval")
+app.add_typer(bench, name="bench")
 
 
 @app.command("info")

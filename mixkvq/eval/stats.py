@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 STRETCH = 64
 RESAMPLES = 9999
+MEDIAN_RESAMPLES = 1999
 _SEED = 20251219
 
 Doubles = NDArray[np.float64]
@@ -36,14 +37,19 @@ def stretches(values: list[Doubles]) -> Doubles:
     return np.array([part.mean() for x in values for part in np.split(x, range(STRETCH, len(x), STRETCH))])
 
 
-def _bootstrap(samples: tuple[Doubles, ...], statistic: Any) -> Interval:
+def _bootstrap(samples: tuple[Doubles, ...], statistic: Any, resamples: int | None = None) -> Interval:
     from scipy.stats import bootstrap
 
     value = float(statistic(*samples, axis=-1))
     if len(samples[0]) < 2:
         return Interval(value, float("nan"), float("nan"))
     found = bootstrap(
-        samples, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(_SEED)
+        samples,
+        statistic,
+        paired=True,
+        n_resamples=RESAMPLES if resamples is None else resamples,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
     ).confidence_interval
     return Interval(value, float(found.low), float(found.high))
 
@@ -51,6 +57,21 @@ def _bootstrap(samples: tuple[Doubles, ...], statistic: Any) -> Interval:
 def mean_interval(x: Doubles) -> Interval:
     """Mean of independent units with its 95 % interval (NaN bounds for a single unit)."""
     return _bootstrap((x,), lambda a, axis: a.mean(axis))
+
+
+def median_interval(x: Doubles) -> Interval:
+    """Median of independent units with its 95 % interval (NaN bounds for a single unit)."""
+    return _bootstrap((x,), lambda a, axis: np.median(a, axis), MEDIAN_RESAMPLES)
+
+
+def excess_ratio_interval(x: Doubles, y: Doubles, base: Doubles) -> Interval:
+    """(median(x) - median(base)) / (median(y) - median(base)) of paired units with its 95 % interval."""
+
+    def statistic(a: Doubles, b: Doubles, c: Doubles, axis: int) -> Doubles:
+        middle = np.median(c, axis)
+        return np.asarray((np.median(a, axis) - middle) / (np.median(b, axis) - middle))
+
+    return _bootstrap((x, y, base), statistic, MEDIAN_RESAMPLES)
 
 
 def ratio_interval(x: Doubles, y: Doubles) -> Interval:
