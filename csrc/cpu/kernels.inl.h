@@ -25,11 +25,11 @@
 
 #include "fold.inl.h"
 
+#include "window.inl.h"
+
 #include "query.inl.h"
 
 #include "weight.inl.h"
-
-#include "window.inl.h"
 
 #include "attend.inl.h"
 
