@@ -275,6 +275,10 @@ class MixKVQCache(LinearStates, DynamicCache):
         if self._model_config is not None:
             self._lay_out(self._model_config)
 
+    def reset_peak(self) -> None:
+        """Count ``report().peak_nbytes`` from now on, such as after the prompt."""
+        self.ledger.reset_peak()
+
     def _account_foreign(self, index: int) -> None:
         held = held_bytes(tensors_in(vars(self.layers[index])))
         self.ledger.change(self._foreign.get(index, 0), held)

@@ -281,6 +281,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin
         )
         self._k = self._v = self._start = None
+        self.store.passing += held_bytes((k, v))
         self._account()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -429,8 +430,10 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return [t for t in (self._k, self._v, self._start, *self.queries.tensors()) if t is not None]
 
     def _account(self) -> None:
-        held = held_bytes(self.tensors())
-        self.ledger.change(self._bytes, held)
+        held, passing = held_bytes(self.tensors()), 0
+        if self.store is not None:
+            passing, self.store.passing = self.store.passing, 0
+        self.ledger.change(self._bytes, held, passing)
         self._bytes = held
 
     @property

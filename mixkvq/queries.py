@@ -78,12 +78,11 @@ class QueryStatistics:
     def importance(self) -> torch.Tensor | None:
         """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None before any query."""
         count = self.count
-        if self.sum is None or count is None or not bool(count.any()):
+        if self.sum is None or count is None or not (self.whole or bool(count.any())):
             return None
-        mean = self.sum / count.clamp(min=1).view(-1, 1, 1)
+        mean = self.sum / count.view(-1, 1, 1)  # nan without queries
         value = (mean.sqrt() if self.power == 2 else mean).float()
-        known = (count.view(-1, 1, 1) > 0) & value.isfinite()
-        return torch.where(known, value, 1.0).contiguous()
+        return torch.where(value.isfinite(), value, 1.0).contiguous()
 
     @outside_autograd
     def gather(self, rows: torch.Tensor) -> None:

@@ -18,10 +18,14 @@ class Ledger:
     peak: int = 0
     warned: bool = False
 
-    def change(self, old: int, new: int) -> None:
-        """A layer that held ``old`` bytes holds ``new`` ones."""
+    def change(self, old: int, new: int, passing: int = 0) -> None:
+        """A layer that held ``old`` bytes holds ``new`` ones, and on the way held ``passing`` ones besides."""
         self.total += new - old
-        self.peak = max(self.peak, self.total)
+        self.peak = max(self.peak, self.total + passing)
+
+    def reset_peak(self) -> None:
+        """The peak counts from now on."""
+        self.peak = self.total
 
     def warn(self, message: str) -> None:
         """Warn once per cache."""
@@ -98,7 +102,8 @@ class Report:
     nbytes : int
         Bytes of all tensors that the cache holds, storage shared between layers counted once.
     peak_nbytes : int
-        The most it ever held.
+        The most it held since it was made, or since `MixKVQCache.reset_peak`, with the buffers that packing needs while
+        it runs; not what is decoded for a model that does not read packed records.
     """
 
     preset: str

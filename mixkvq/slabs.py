@@ -8,6 +8,7 @@ repeated by moving entries: rows with the same history share its records.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class RecordTable:
         self.slabs = [slab if slab.data_ptr() % ALIGNMENT == 0 else slab.clone() for slab in self.slabs]
 
     # ---- growing ---------------------------------------------------------------------------------------------------
-    def add(self, staging: torch.Tensor, sizes: torch.Tensor, counts: torch.Tensor) -> None:
+    def add(self, staging: torch.Tensor, sizes: torch.Tensor, counts: list[int]) -> None:
         """Append newly packed blocks to every row.
 
         Parameters
@@ -50,24 +51,24 @@ class RecordTable:
             Records, each at the start of its slot.
         sizes : int64 tensor [B, H, m]
             Their lengths, 0 where ``j >= counts[b]``.
-        counts : int64 tensor [B]
+        counts : list of int
             New blocks of each row.
         """
-        total = int(sizes.sum())
+        lengths: list[int] = sizes.flatten().tolist()
+        *offsets, total = accumulate(lengths, initial=0)
         if total == 0:
             return
-        flat = sizes.reshape(-1)
         slab = torch.empty(total, dtype=torch.uint8, device=staging.device)
-        self._widths.append(_copy_records(slab, staging.reshape(-1, staging.shape[-1]), flat))
-        places = (len(self.slabs) << SHIFT) + (flat.cumsum(0) - flat).view_as(sizes)
+        self._widths.append(_copy_records(slab, staging.flatten(0, 2), lengths))
+        places = torch.tensor(offsets, device=sizes.device).view_as(sizes) + (len(self.slabs) << SHIFT)
         self.slabs.append(slab)
-        old = self.place
-        longest = int((self.blocks + counts).max())
-        self.place = torch.full((*old.shape[:2], longest), -1, dtype=torch.int64, device=old.device)
+        old, have = self.place, self.blocks.tolist()
+        blocks = [a + b for a, b in zip(have, counts, strict=True)]
+        self.place = torch.full((*old.shape[:2], max(blocks)), -1, dtype=torch.int64, device=old.device)
         self.place[:, :, : old.shape[2]] = old
-        for row, (have, new) in enumerate(zip(self.blocks.tolist(), counts.tolist(), strict=True)):
-            self.place[row, :, have : have + new] = places[row, :, :new]
-        self.blocks = self.blocks + counts
+        for row, (begin, end) in enumerate(zip(have, blocks, strict=True)):
+            self.place[row, :, begin:end] = places[row, :, : end - begin]
+        self.blocks = torch.tensor(blocks, device=old.device)
 
     # ---- shrinking and moving --------------------------------------------------------------------------------------
     def truncate(self, blocks: torch.Tensor) -> None:
@@ -146,23 +147,24 @@ class RecordTable:
         return slab[offset : offset + length].numpy(force=True).tobytes()
 
 
-def _copy_records(slab: torch.Tensor, slots: torch.Tensor, sizes: torch.Tensor) -> int:
-    """Write the records at the start of ``slots`` one behind the other; slots of size 0 are empty.
+def _copy_records(slab: torch.Tensor, slots: torch.Tensor, lengths: list[int]) -> int:
+    """Write the records at the start of ``slots`` one behind the other; slots of length 0 are empty.
 
     Returns
     -------
     int
-        The size of the records if it is the same for all, else 0.
+        The length of the records if it is the same for all, else 0.
     """
-    full = sizes > 0
-    lengths = sizes[full]
-    width = int(lengths[0])
-    if bool((lengths == width).all()):  # the usual case: one record size per preset
+    width, *others = {n for n in lengths if n}
+    if not others:  # the usual case: one record size per preset
         used = slots[:, :width]
-        slab.view(-1, width).copy_(used if bool(full.all()) else used[full])
+        filled = lengths.count(width)
+        if filled < len(lengths):
+            used = used[[n > 0 for n in lengths]]
+        slab.view(filled, width).copy_(used)
         return width
     offset = 0
-    for slot, length in zip(slots, sizes.tolist(), strict=True):
+    for slot, length in zip(slots, lengths, strict=True):
         slab[offset : offset + length] = slot[:length]
         offset += length
     return 0

@@ -69,6 +69,8 @@ class PackedStore:
     queries : QueryStatistics
     raised : int
         Raised scales in all blocks packed so far.
+    passing : int
+        Most bytes held besides `nbytes` while something was packed or moved; for the caller to read and set to 0.
     length : int
         Columns seen, padding included.
     padding : int
@@ -100,7 +102,7 @@ class PackedStore:
             self.has_mu = torch.zeros(batch, heads, dtype=torch.uint8, device=device)
         self.queries = queries or QueryStatistics(config.salience)
         self.queries.allocate(batch, heads, codec.head_dim, device)
-        self.raised = self.length = 0
+        self.raised = self.length = self.passing = 0
         self._handle: Any = None
         self._recount()
 
@@ -138,15 +140,18 @@ class PackedStore:
         k, v = k.detach(), v.detach()
         self = cls(config, codec, start, k.shape[1], k.dtype, margin, queries)
         self.length = k.shape[2]
-        tokens = self.length - start
-        sinks = tokens.clamp(max=config.sink_length)
-        blocks = self._due(tokens, margin)
-        self._pack(k, v, start + sinks, blocks)
-        self.exact = tokens - blocks * config.block_length
-        for row, (at, s, n, m) in enumerate(_rows(start, sinks, self.exact, blocks * config.block_length)):
+        rows = []
+        for at in start.tolist():
+            tokens = self.length - at
+            sinks, blocks = min(tokens, config.sink_length), self._due(tokens, margin)
+            rows.append((at, sinks, tokens - blocks * config.block_length, blocks))
+        self._pack(k, v, [at + sinks for at, sinks, _, _ in rows], [blocks for *_, blocks in rows])
+        for row, (at, s, n, blocks) in enumerate(rows):
+            rest = at + s + blocks * config.block_length
             for buffer, source in ((self.k, k), (self.v, v)):
                 buffer[row, :, :s] = source[row, :, at : at + s]
-                buffer[row, :, s:n] = source[row, :, at + s + m :]
+                buffer[row, :, s:n] = source[row, :, rest:]
+        self.exact = torch.tensor([n for _, _, n, _ in rows], dtype=torch.int64, device=start.device)
         self._recount()
         return self
 
@@ -190,34 +195,41 @@ class PackedStore:
     @outside_autograd
     def _flush(self, margin: int) -> None:
         sink, length = self.config.sink_length, self.config.block_length
-        blocks = self._due(self.exact, margin)
-        self._pack(self.k, self.v, torch.full_like(blocks, sink), blocks)
-        for row, (n, m) in enumerate(_rows(self.exact, blocks * length)):
-            for buffer in (self.k, self.v):
-                if 0 < m < n - sink:
-                    buffer[row, :, sink : n - m] = buffer[row, :, sink + m : n].clone()
-        self.exact -= blocks * length
-        self._resize(max(sink + self.config.residual_length, int(self.exact.max())))
+        exact: list[int] = self.exact.tolist()
+        blocks = [self._due(n, margin) for n in exact]
+        self._pack(self.k, self.v, [sink] * len(exact), blocks)
+        for row, n in enumerate(blocks):
+            packed = n * length
+            exact[row] -= packed
+            for at in range(sink, exact[row], packed) if packed else ():  # as many at once as do not overlap
+                to = min(at + packed, exact[row])
+                for buffer in (self.k, self.v):
+                    buffer[row, :, at:to] = buffer[row, :, at + packed : to + packed]
+        self.exact.copy_(torch.tensor(exact))
+        self._resize(max([sink + self.config.residual_length, *exact]))
         self._recount()
 
-    def _due(self, exact: torch.Tensor, margin: int) -> torch.Tensor:
-        """Blocks to pack per row, so that fewer than ``residual_length + margin`` tokens stay in the window."""
+    def _due(self, exact: int, margin: int) -> int:
+        """Blocks to pack of a row, so that fewer than ``residual_length + margin`` tokens stay in the window."""
         window = exact - self.config.sink_length - self.config.residual_length - margin
-        return torch.where(window >= 0, window // self.config.block_length + 1, 0)
+        return window // self.config.block_length + 1 if window >= 0 else 0
 
-    def _pack(self, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, blocks: torch.Tensor) -> None:
+    def _pack(self, k: torch.Tensor, v: torch.Tensor, first: list[int], blocks: list[int]) -> None:
         """Pack ``blocks[b]`` blocks of k, v [B, H, n, D] from token ``first[b]`` on, a few columns at a time."""
-        most, length = int(blocks.max()) if len(blocks) else 0, self.codec.block_length
+        most, length = max(blocks, default=0), self.codec.block_length
         if most == 0:
             return
         importance = self.queries.importance()
         column_bytes = k.shape[0] * k.shape[1] * ops.codec(self.codec).record_bound
         step = max(1, min(SLAB_COLUMNS, STAGING_BYTES // column_bytes))
         for column in range(0, most, step):
-            counts = (blocks - column).clamp(0, step)
-            at = torch.where(counts > 0, first + column * length, 0)
-            columns = int(counts.max())
-            staging, sizes, raised = ops.pack(self.codec, k, v, at, counts, columns, importance, self.mu, self.has_mu)
+            counts = [min(max(n - column, 0), step) for n in blocks]
+            at = [a + column * length if n else 0 for a, n in zip(first, counts, strict=True)]
+            at_, counts_ = torch.tensor((at, counts), dtype=torch.int64, device=k.device)
+            staging, sizes, raised = ops.pack(
+                self.codec, k, v, at_, counts_, max(counts), importance, self.mu, self.has_mu
+            )
+            self.passing = max(self.passing, staging.nbytes)
             self.records.add(staging, sizes, counts)
             self.raised += int(raised.sum())
 
@@ -232,6 +244,7 @@ class PackedStore:
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, :used] = old[:, :, :used]
+            self.passing = max(self.passing, old.nbytes)
             setattr(self, name, new)
         self._recount()
 
