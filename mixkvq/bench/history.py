@@ -85,7 +85,7 @@ class Records:
         for column in range(0, blocks, self.staging.shape[2]):
             count = min(self.staging.shape[2], blocks - column)
             part = slice(None), slice(None), slice(0, count)
-            table.add(self.staging[part], self.sizes[part], torch.tensor([count]))
+            table.add(self.staging[part], self.sizes[part], [count])
         exact = tokens - blocks * config.block_length
         k, v = self.k.clone(), self.v.clone()
         place, counts = table.place.contiguous(), table.blocks
