@@ -304,7 +304,7 @@ def test_a_layer_keeps_where_its_records_lie_and_checks_them_once():
     arguments |= {"slab_base": np.array([slab.ctypes.data], np.uint64), "slab_bytes": np.array([len(slab)])}
     arguments |= {"place": np.zeros((1, 1, 1), np.int64), "blocks": np.ones(1, np.int64)}
     slab[0] = 0
-    with pytest.raises(ValueError, match="record is .*, must be 0x51564b4d"):
+    with pytest.raises(ValueError, match=r"record is .*, must be 0x51564b4d"):
         _core.Layer(**arguments)
 
 
