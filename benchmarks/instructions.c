@@ -89,13 +89,15 @@ static void fail(const char *what, mkvq_status status, const mkvq_error *error)
     exit(1);
 }
 
-/* Numbers of about unit variance: twelve steps of a linear congruence, added up. */
+/* Numbers of about unit variance: twelve of splitmix64 added up. */
 static float noise(uint64_t *state)
 {
     float sum = -6.0f;
     for (int i = 0; i < 12; i++) {
-        *state = *state * 6364136223846793005u + 1442695040888963407u;
-        sum += (float)(*state >> 40) * 0x1p-24f;
+        uint64_t z = *state += 0x9e3779b97f4a7c15u;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+        sum += (float)(z >> 40) * 0x1p-24f;
     }
     return sum;
 }
