@@ -34,7 +34,9 @@ WERROR = os.environ.get("MIXKVQ_WERROR") == "1"
 SIMDE = os.environ.get("MIXKVQ_SIMDE") == "1"
 OBJECTS = "build/objects" + "-werror" * WERROR + "-simde" * SIMDE  # none undoes another
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512 = [*AVX2, *(["-Wno-psabi"] if SIMDE else [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")])]
+AVX512 = (
+    [*AVX2, "-Wno-psabi"] if SIMDE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+)
 ISA_FLAGS = {"x86_64": {"avx2": AVX2, "avx512": AVX512}, "aarch64": {"neon": []}}  # of kernels_<isa>.c, beside scalar
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + ["-Werror"] * WERROR
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from . import compat
+from .arrays import precision_code
 from .calibration import Calibration
 from .config import MixKVQConfig
 from .handle import KEYS, VALUES, Handles, PackedHandle
@@ -37,8 +38,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         the cache learns the layout in the first attention call.
     calibration : str, Path or Calibration, optional
         What ``mixkvq calibrate`` found for this model: fields that replace the preset's, for all or for single layers.
-    precision : {"default", "exact"}
-        Of the attention kernel. Both run the float32 kernel today, within 1e-5 of float64 attention on what is stored.
+    precision : {"default", "exact", "fast"}
+        Of attention: see `ops.attend`. Where everything is stored as it is (``lossless``) always "exact".
     **overrides
         Fields of `MixKVQConfig` that replace the preset's and the calibration's, such as ``sink_length=8``.
 
@@ -76,8 +77,7 @@ class MixKVQCache(LinearStates, DynamicCache):
             self.calibration.check_preset(self._base_name)
             self.mixkvq_config = self.calibration.config(base, overrides)
             self._layer_configs = self.calibration.layer_configs(base, overrides)
-        if precision not in ("default", "exact"):
-            raise ValueError(f"precision is {precision!r}, must be 'default' or 'exact'")
+        precision_code(precision)
         self.precision = precision
         self.ledger = Ledger()
         self._model_config = config
@@ -86,7 +86,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         self._last = -1  # layer of the last update that was not short
         self._awaiting = False  # whether the hook must see its attention
         self._handles = Handles()
-        factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger)
+        factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger, precision)
         Cache.__init__(self, layer_class_to_replicate=factory)  # type: ignore[arg-type]
         if config is not None:
             self._check_model(config)
@@ -162,7 +162,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         return self._layer_configs.get(index, self.mixkvq_config)
 
     def _new_layer(self, index: int) -> MixKVQLayer:
-        layer = MixKVQLayer(self._config_of(index), self.ledger)
+        layer = MixKVQLayer(self._config_of(index), self.ledger, self.precision)
         self._recording(layer)
         return layer
 
@@ -239,7 +239,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         if compat.HybridLayer is not None and type(theirs) is compat.HybridLayer:
             if isinstance(have, MixKVQHybridLayer):
                 return have
-            new = MixKVQHybridLayer(self._config_of(index), self.ledger, getattr(theirs, "number_of_states", 1))
+            states = getattr(theirs, "number_of_states", 1)
+            new = MixKVQHybridLayer(self._config_of(index), self.ledger, self.precision, states)
             if have is not None:
                 new.__dict__.update(have.__dict__)
             return self._recording(new)

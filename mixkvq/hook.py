@@ -163,6 +163,7 @@ def _packed_call(call: Call) -> Any:
             scaling=call.arguments.get("scaling"),
             softcap=call.arguments["softcap"] if layer.proof.softcap else None,
             sink_logits=sink_logits(call.module, call.arguments) if layer.proof.sinks else None,
+            precision=layer.precision,
         )
         result: Any = (output, None)
         layer.agreement = None if trouble else Agreement.about(call, layer)

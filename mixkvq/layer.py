@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from . import compat
 from .agreement import Agreement
+from .arrays import precision_code
 from .autograd import outside_autograd
 from .config import MixKVQConfig
 from .handle import KEYS, VALUES, Handles
@@ -41,14 +42,24 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Default: the default preset.
     ledger : Ledger, optional
         Of the cache it belongs to.
+    precision : {"default", "exact", "fast"}
+        Of attention, as in `MixKVQCache`.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, config: MixKVQConfig | None = None, ledger: Ledger | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: MixKVQConfig | None = None,
+        ledger: Ledger | None = None,
+        precision: str = "default",
+        **_: Any,
+    ) -> None:
         self.mixkvq_config = config or MixKVQConfig.preset("default")
+        precision_code(precision)
+        self.precision = "exact" if self.mixkvq_config.allocate == "exact" else precision
         self.ledger = ledger or Ledger()
         self.record_past = False
         self.epoch = 0
@@ -289,7 +300,9 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
         store = self.store
         assert store is not None
-        output = store.attend(query, scaling=agreement.scaling, softcap=agreement.softcap, observe=True)
+        output = store.attend(
+            query, scaling=agreement.scaling, softcap=agreement.softcap, precision=self.precision, observe=True
+        )
         self.queries.whole += agreement.group
         if store.flush(self._margin):
             self._account()

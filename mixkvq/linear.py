@@ -22,9 +22,11 @@ if compat.HybridLayer is not None:
 
         is_croppable = compat.LinearMixin.__dict__.get("is_croppable", True)
 
-        def __init__(self, config: Any = None, ledger: Any = None, number_of_states: int = 1) -> None:
+        def __init__(
+            self, config: Any = None, ledger: Any = None, precision: str = "default", number_of_states: int = 1
+        ) -> None:
             self.conv_states = self.recurrent_states = None
-            MixKVQLayer.__init__(self, config, ledger)
+            MixKVQLayer.__init__(self, config, ledger, precision)
             compat.LinearLayer.__init__(self, **compat.state_arguments(number_of_states))
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +72,7 @@ class LinearStates(Cache):
         """Give the layer both kinds of state and keep what it has."""
         old = self.layers[layer_idx]
         fresh = self._new_layer(layer_idx)
-        new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, number_of_states)
+        new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, fresh.precision, number_of_states)
         keep = dict(vars(old))
         if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
             keep = {name: value for name, value in keep.items() if name not in ("dtype", "device", "is_initialized")}

@@ -266,6 +266,7 @@ class PackedStore:
         scaling: float | None = None,
         softcap: float | None = None,
         sink_logits: torch.Tensor | None = None,
+        precision: str = "default",
         observe: bool = False,
     ) -> torch.Tensor:
         """Attention of q [B, Q, n, D] over everything stored.
@@ -281,6 +282,8 @@ class PackedStore:
             Default ``D ** -0.5``.
         softcap : float, optional
         sink_logits : float32 tensor [Q], optional
+        precision : {"default", "exact", "fast"}
+            As in `ops.attend`.
         observe : bool
             Add all queries to the statistics; the caller counts them.
 
@@ -289,7 +292,7 @@ class PackedStore:
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
         handle = self._handle or self._core()
-        return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, "exact", observe)
+        return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, precision, observe)
 
     @outside_autograd
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

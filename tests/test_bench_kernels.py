@@ -180,7 +180,8 @@ def test_bars_are_against_the_fastest_sdpa() -> None:
         torch_row("sdpa rows", 2.5, group=4),
         torch_row("matmul", 1.0, group=4),
     ]
-    lines = [line[:1] + line[3:] for line in map(list, kernel_sheet(rows).rows)]
+    lines = [line[:1] + line[3:6] + line[7:] for line in map(list, kernel_sheet(rows).rows)]
+    assert [line[6] for line in kernel_sheet(rows).rows] == ["2.50", "2.50", "14.0", "14.0"]
     two, many = "2.50 [2.50, 2.50]", "14.0 [14.0, 14.0]"
     assert lines == [
         ["compact", "best torch bf16 SDPA", "bf16 sdpa rows", two, "2.00", "4.00", "meets floor"],

@@ -103,12 +103,12 @@ def test_bars_take_the_faster_dynamic_cache() -> None:
         row("hqq-2", [34.0] * 8, "transformers"),
         row(step.EMPTY, [2.0] * 8, "empty"),
     ]
-    lines = [[line[i] for i in (0, 1, 2, 4, 5, 6)] for line in step_tables.bars(rows).rows]
+    lines = [[line[i] for i in (0, 1, 2, 4, 5, 6, 7)] for line in step_tables.bars(rows).rows]
     assert lines == [
-        ["compact", "exact", "step", "6.00", "15.0", "misses floor"],
-        ["compact", "exact", "less empty history", "6.00", "15.0", "meets floor"],
-        ["compact", "hqq-2", "step", "10.0", "25.0", "meets floor"],
-        ["compact", "hqq-2", "less empty history", "10.0", "25.0", "meets target"],
+        ["compact", "exact", "step", "4.67", "6.00", "15.0", "misses floor"],
+        ["compact", "exact", "less empty history", "12.0", "6.00", "15.0", "meets floor"],
+        ["compact", "hqq-2", "step", "11.3", "10.0", "25.0", "meets floor"],
+        ["compact", "hqq-2", "less empty history", "32.0", "10.0", "25.0", "meets target"],
     ]
     assert step_tables.bars([row("compact", [1.0], tokens=1024)]).rows == []
 

@@ -28,7 +28,7 @@ def states(batch=2, heads=2, tokens=5, dim=16, **options):
         ((), {"block_length": 100, "key_group_size": 32}, ValueError, ["block_length is 100", "multiple of 32"]),
         ((), {"block_length": 96}, ValueError, ["block_length is 96", "multiple of key_group_size (64)"]),
         ((), {"residual_length": 64}, ValueError, ["residual_length is 64", "block_length <= residual_length"]),
-        ((), {"precision": "fast"}, ValueError, ["precision is 'fast'", "'default' or 'exact'"]),
+        ((), {"precision": "half"}, ValueError, ["precision is 'half'", "'default', 'exact', 'fast'"]),
         ((LlamaConfig(),), {}, TypeError, ["LlamaConfig", "MixKVQCache(config=...)"]),
         (([(1, 2)],), {}, TypeError, ["must be the name of a preset or a MixKVQConfig"]),
         ((None,), {}, TypeError, ["preset is None"]),

@@ -12,25 +12,43 @@ import torch
 from models import dense_copy, forward, generate, lossless, prompts, relative_gap, tiny
 from transformers import DynamicCache, EncoderDecoderCache
 
-from mixkvq import MixKVQCache, compat
+from mixkvq import MixKVQCache, compat, ops
 
-FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4}
+FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4, "precision": "exact"}
 PRESETS = ["default", "kivi-2", "paper", "layer"]
 MODES = {"layer": ("default", {"allocate": "layer", "key_budget": 4})}
 LENGTHS = [150, 110, 77]
 
 
-def filled(preset: str = "default", lengths=LENGTHS, extra: int = 5):
+def filled(preset: str = "default", lengths=LENGTHS, extra: int = 5, **changes):
     """A packed cache after a padded prompt and some steps, and the mask so far."""
     model, inputs = tiny("llama"), prompts(lengths)
     name, fields = MODES.get(preset, (preset, {}))
-    cache, mask = MixKVQCache(name, **FIELDS, **fields), inputs["attention_mask"]
+    cache, mask = MixKVQCache(name, **FIELDS | fields | changes), inputs["attention_mask"]
     forward(model, cache, inputs["input_ids"], mask)
     for step in range(extra):
         mask = torch.cat([mask, torch.ones(len(lengths), 1, dtype=torch.long)], 1)
         forward(model, cache, torch.full((len(lengths), 1), step + 2), mask)
     assert all(int(layer.store.blocks.min()) >= 1 for layer in cache.layers)
     return cache, mask
+
+
+@pytest.mark.parametrize("precision", ["default", "exact", "fast"])
+@pytest.mark.parametrize("preset", ["default", "lossless"])
+def test_the_precision_of_attention(monkeypatch, preset, precision):
+    """Every call of a packed layer has it; where nothing is rounded, attention is exact."""
+    cache, _ = filled(preset, [150], precision=precision)
+    seen, attend = [], ops.attend
+    monkeypatch.setattr(ops, "attend", lambda *args: seen.append(args[7]) or attend(*args))
+    for wanted in (None, torch.ones(1, 1, 1, 157, dtype=torch.bool)):  # the short path; a call checked in full
+        forward(tiny("llama"), cache, torch.full((1, 1), 7), wanted)
+    assert seen == ["exact" if preset == "lossless" else precision] * 4
+
+
+def test_the_precision_of_hybrid_layers():
+    cache = MixKVQCache(precision="fast")
+    generate(tiny("qwen3_next"), prompts([60]), cache, 3)
+    assert cache.layers[1].precision == "fast"
 
 
 def assert_equal_step(cache: MixKVQCache, mask: torch.Tensor) -> None:

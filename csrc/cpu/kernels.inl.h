@@ -9,6 +9,8 @@
 
 #include "group.inl.h"
 
+#include "search.inl.h"
+
 #include "tiers.inl.h"
 
 #include "budget.inl.h"

@@ -16,7 +16,7 @@ from ..eval.stream import Emit
 from ..eval.texts import windows
 from .decoder import Decoder
 from .rows import Log, Row
-from .turns import Case, Times, take_turns
+from .turns import Case, Taken, Times, take_turns
 
 BENCH = "tokens"
 DOMAIN = "prose"
@@ -45,7 +45,7 @@ class Plan:
     """How many."""
     repeats: int = 5
     """Most readings of a prompt."""
-    seconds: float = 30.0
+    seconds: float = 60.0
     """A prompt is not read again when reading it took that long in all."""
     threads: int = 2
 
@@ -122,16 +122,19 @@ def _prefill(
         return Case(scheme.name, lambda: decoders[scheme.name].read(where["tokens"]), before=renew)
 
     cases = [reading(scheme) for scheme in plan.schemes]
-    times: dict[str, Times] = {case.name: [] for case in cases}
+    taken = {case.name: Taken([]) for case in cases}
     begin = time.perf_counter()
     for i in range(plan.repeats):
         if not i or time.perf_counter() - begin < plan.seconds:
             found = take_turns(cases[:: -1 if i % 2 else 1], 0.0, rounds=1, fewest=1, warm_up=False, shuffle=False)
             for name, turn in found.items():
-                times[name] += turn.seconds
+                taken[name].seconds += turn.seconds
+                taken[name].preempted += turn.preempted
         part()
     for scheme in plan.schemes:
-        log.add(Row(BENCH, {**where, "phase": PREFILL}, scheme.name, times[scheme.name], {"kind": scheme.kind}))
+        turns = taken[scheme.name]
+        facts = {"kind": scheme.kind, "preempted": turns.preempted}
+        log.add(Row(BENCH, {**where, "phase": PREFILL}, scheme.name, turns.seconds, facts))
     return decoders
 
 

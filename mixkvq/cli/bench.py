@@ -152,7 +152,7 @@ def _measure(
 @app.command("kernels")
 def kernels(
     presets: _Presets = "compact,default",
-    precisions: Annotated[str, typer.Option(help="Of default and exact.")] = "default,exact",
+    precisions: Annotated[str, typer.Option(help="Of default, exact and fast.")] = "default,exact",
     head_dims: Annotated[str | None, typer.Option(help="Of keys and values.", show_default="64,128")] = None,
     groups: Annotated[str | None, typer.Option(help="Query heads per KV head.", show_default="1,4,8")] = None,
     tokens: Annotated[
