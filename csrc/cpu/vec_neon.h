@@ -1,13 +1,15 @@
 /* vec_neon.h - the vector vocabulary of vec_scalar.h for 64-bit ARM: eight lanes in two NEON
- * registers. Same names, same results; only vf_fma rounds once. */
+ * registers. Same names, same results; only vf_fma rounds once. vec_neon_dot.h builds on it. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
 #include <arm_neon.h>
 #include <math.h>
 
+#ifndef MKVQ_ISA_TABLE
 #define MKVQ_ISA_NAME "neon"
 #define MKVQ_ISA_TABLE mkvq_kernels_neon
+#endif
 
 /* a vector operation costs little more than what one of its lanes would */
 #define MKVQ_WIDE 1
@@ -361,6 +363,7 @@ static inline wi ws_total(ws sum)
     return vreinterpretq_u32_s32(vpaddq_s32(sum.first, sum.second));
 }
 
+#ifndef MKVQ_SPLIT16
 static inline ws ws_dot8(ws sum, wi codes, wi operands)
 {
     const int8x16_t a = vreinterpretq_s8_u32(codes), b = vreinterpretq_s8_u32(operands);
@@ -372,6 +375,7 @@ static inline wi ws_total8(ws sum)
 {
     return ws_total(sum);
 }
+#endif
 
 static inline wf wf_from_wi(wi a)
 {
