@@ -3,6 +3,7 @@
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
 #   make accuracy what the presets promise, measured on that model (minutes)
+#   make instructions   what decode and flush execute, counted by valgrind, against the recorded counts
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
 #   TORCH       what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -18,9 +19,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
-C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp)
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp benchmarks/*.c)
 
-.PHONY: demo test slow accuracy lint format clean FORCE
+.PHONY: demo test slow accuracy instructions lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -34,6 +35,11 @@ slow: $(DONE)/package $(DONE)/model
 
 accuracy: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)
+
+# needs valgrind and objdump; RECORD=--record makes the counts of this build the recorded ones
+instructions: $(DONE)/package
+	$(BIN)/python benchmarks/spills.py $(RECORD)
+	$(BIN)/python benchmarks/instructions.py $(RECORD)
 
 lint: $(DONE)/lint
 	$(BIN)/ruff check .

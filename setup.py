@@ -37,7 +37,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = (
     [*AVX2, "-Wno-psabi"] if SIMDE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 )
-ISA_FLAGS = {"x86_64": {"avx2": AVX2, "avx512": AVX512}, "aarch64": {"neon": []}}  # of kernels_<isa>.c, beside scalar
+ISA_FLAGS = {  # of kernels_<isa>.c, beside kernels_scalar.c
+    "x86_64": {"avx2": AVX2, "avx512": AVX512},
+    "aarch64": {"neon": [], "neon_dot": ["-march=armv8.2-a+dotprod"]},
+}
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wvla"] + ["-Werror"] * WERROR
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
 FLOATS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math

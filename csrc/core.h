@@ -37,7 +37,7 @@ extern const mkvq_kernels mkvq_kernels_scalar;
 #if defined(__x86_64__)
 extern const mkvq_kernels mkvq_kernels_avx2, mkvq_kernels_avx512;
 #elif defined(__aarch64__)
-extern const mkvq_kernels mkvq_kernels_neon;
+extern const mkvq_kernels mkvq_kernels_neon, mkvq_kernels_neon_dot;
 #endif
 
 const mkvq_kernels *mkvq_kernel_table(void);

@@ -255,8 +255,8 @@ int64_t mkvq_attend_workspace(const mkvq_attend_args *args);
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error);
 
 /* ---- instruction sets ------------------------------------------------------------------------ */
-/* Levels built into this library, best last: "scalar", "avx2". The best supported one is used
- * until another is chosen. */
+/* Levels built into this library, best last: "scalar", "avx2", "avx512" or "scalar", "neon",
+ * "neon-dot". The best supported one is used until another is chosen. */
 int mkvq_isa_count(void);
 const char *mkvq_isa_name(int level);
 int mkvq_isa_supported(int level);          /* by this CPU */

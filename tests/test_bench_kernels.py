@@ -26,6 +26,7 @@ from mixkvq.bench.rows import Log, Row, read
 from mixkvq.bench.samples import Sampler, repeated
 from mixkvq.bench.sheets import Sheet, context, number, spread
 from mixkvq.cli import main
+from mixkvq.cli.info import usable_cpus
 from mixkvq.eval.stats import Interval
 from mixkvq.store import PackedStore
 
@@ -180,7 +181,8 @@ def test_bars_are_against_the_fastest_sdpa() -> None:
         torch_row("sdpa rows", 2.5, group=4),
         torch_row("matmul", 1.0, group=4),
     ]
-    lines = [line[:1] + line[3:] for line in map(list, kernel_sheet(rows).rows)]
+    lines = [line[:1] + line[3:6] + line[7:] for line in map(list, kernel_sheet(rows).rows)]
+    assert [line[6] for line in kernel_sheet(rows).rows] == ["2.50", "2.50", "14.0", "14.0"]
     two, many = "2.50 [2.50, 2.50]", "14.0 [14.0, 14.0]"
     assert lines == [
         ["compact", "best torch bf16 SDPA", "bf16 sdpa rows", two, "2.00", "4.00", "meets floor"],
@@ -266,6 +268,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.
         (["--presets", "compakt"], "--presets is 'compakt', must be of default, compact"),
         (["--precisions", ""], "--precisions is '', must be of exact, default"),
         (["--threads", "100000"], "--threads is '100000', must be at most"),
+        (["--threads", "2,1", "--cpu-time"], "must be 1 with --cpu-time" if usable_cpus() > 1 else "must be at most 1"),
         (["--heads", "0"], "--heads is 0, must be at least 1"),
     ],
 )

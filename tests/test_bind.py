@@ -279,6 +279,35 @@ def test_a_layer_sees_changes_in_place_and_lets_go_of_its_arrays():
     assert [sys.getrefcount(arguments[name]) for name in held] == before
 
 
+def test_a_layer_keeps_where_its_records_lie_and_checks_them_once():
+    """Tables changed behind its back are not looked at; a record that is none is refused when the layer is made."""
+    codec = MixKVQConfig.preset("default", block_length=32, residual_length=32, key_group_size=32).codec(16, "float32")
+    k = np.random.default_rng(2).standard_normal((1, 1, 32, 16)).astype(np.float32)
+    packed = arrays.pack(codec, k, -k, first=[0], blocks=[1])
+    record = np.frombuffer(packed.records[0][0][0], np.uint8)
+    room = np.zeros(len(record) + 64, np.uint8)
+    slab = room[-room.ctypes.data % 64 :][: len(record)]
+    slab[:] = record
+    arguments = window(1, 1) | {
+        "slab_base": np.array([slab.ctypes.data], np.uint64),
+        "slab_bytes": np.array([len(slab)]),
+        "place": np.zeros((1, 1, 1), np.int64),
+        "blocks": np.ones(1, np.int64),
+        "mu": packed.mu,
+    }
+    layer, q = _core.Layer(**arguments), queries()[:1]
+    first = attend(layer, q)
+    assert (first != attend(_core.Layer(**window(1, 1)), q)).any()
+    for name in ("slab_base", "slab_bytes", "place", "blocks"):
+        arguments[name][:] = 1 << 30
+    assert (attend(layer, q) == first).all()
+    arguments |= {"slab_base": np.array([slab.ctypes.data], np.uint64), "slab_bytes": np.array([len(slab)])}
+    arguments |= {"place": np.zeros((1, 1, 1), np.int64), "blocks": np.ones(1, np.int64)}
+    slab[0] = 0
+    with pytest.raises(ValueError, match=r"record is .*, must be 0x51564b4d"):
+        _core.Layer(**arguments)
+
+
 def test_refused_calls_leak_nothing():
     q, bad = queries(), window() | {"blocks": np.ones(2, np.int64)}
     gc.collect()

@@ -3,6 +3,10 @@
 #include "../core.h"
 #include <stdatomic.h>
 #include <stddef.h>
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 typedef struct {
     const mkvq_kernels *kernels;
@@ -33,6 +37,13 @@ static int has_avx512(void)
 }
 #endif
 
+#if defined(__aarch64__)
+static int has_dot_products(void)
+{
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+#endif
+
 /* Best last. */
 static const isa_level levels[] = {
     {&mkvq_kernels_scalar, always},
@@ -41,6 +52,7 @@ static const isa_level levels[] = {
     {&mkvq_kernels_avx512, has_avx512},
 #elif defined(__aarch64__)
     {&mkvq_kernels_neon, always}, /* part of the architecture */
+    {&mkvq_kernels_neon_dot, has_dot_products},
 #endif
 };
 

@@ -9,8 +9,8 @@
  * dot16: operands are 16-bit integers. A step multiplies the codes of two entries, one in each
  * half of a 32-bit lane, by a pair of operands; sums are 32-bit integers, which 256 channels of
  * eight-bit codes cannot overflow. dot8, of two-bit codes only: operands are bytes, a step
- * multiplies four entries, one in each byte of a lane. dotf: operands are floats, a step is one
- * entry.
+ * multiplies four entries, one in each byte of a lane; so does a step of dot16 where an instruction
+ * set has operands split into bytes. dotf: operands are floats, a step is one entry.
  *
  * Sums are named, not an array: gcc keeps arrays in memory once a loop runs over them. Functions
  * are copied for every number of rows, which must be a constant for the sums to be registers. */
@@ -26,11 +26,18 @@ typedef struct {
 } dot_columns;
 
 /* Operands of entry e in a column of 2n: dot16 pairs[e % n] of the column, entry e < n in the lower
- * half; dot8 pairs[e % 4], byte e / 4; dotf x[e]. Eight rows each. */
+ * half, unless split_pairs has split them; dot8 pairs[e % 4], byte e / 4; dotf x[e]. Eight rows
+ * each. */
 typedef struct {
     const int32_t (*pairs)[8];
     const float (*x)[8];
 } dot_operands;
+
+#ifdef MKVQ_SPLIT16 /* eight-bit codes are too large for signed bytes */
+#define SPLIT(kind) ((kind) != DOT_8 && (kind) != DOT_BYTES)
+#else
+#define SPLIT(kind) 0
+#endif
 
 #define ALL_THIRD_BITS 0x0f0f0f0fu
 #define BYTE_COLUMNS 10 /* of one dot8 at most: 40 steps */
@@ -41,11 +48,11 @@ static inline int entries_of(int kind)
     return kind == DOT_8 ? 4 : kind == DOT_4 ? 8 : 16;
 }
 
-/* Codes of entry j (and, in the upper half of a lane, of its partner half a column on).
- * `third`: third bits, shifted such that that of entry 0 is bit 2. */
-static MKVQ_INLINE wi codes_at(wi words, wi third, int j, const int kind, const int pairs)
+/* Codes of entry j, and of its partners: in the upper half of a lane half a column on, or in every
+ * byte a quarter on. `third`: third bits, shifted such that that of entry 0 is bit 2. */
+static MKVQ_INLINE wi codes_at(wi words, wi third, int j, const int kind, const int partners)
 {
-    const uint32_t both = pairs ? 0x00010001u : 1u;
+    const uint32_t both = partners == 4 ? 0x01010101u : partners == 2 ? 0x00010001u : 1u;
     const int one = 8 * (j / 4) + j % 4;
     if (kind == DOT_8)
         return wi_and1(wi_shr(words, 8 * j), 255 * both);
@@ -88,16 +95,28 @@ typedef struct {
     wf a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7;
 } sumsf;
 
+/* Adds the products of a step; `high` is of split operands, `q` their low bytes. */
+static MKVQ_INLINE ws add_products(ws sum, wi codes, wi q, wi high, const int kind)
+{
+    (void)high;
+#ifdef MKVQ_SPLIT16
+    if (SPLIT(kind))
+        return ws_dot_split(sum, codes, q, high);
+#endif
+    return kind == DOT_BYTES ? ws_dot8(sum, codes, q) : ws_dot16(sum, codes, q);
+}
+
 /* One step of one vector a, or of two, a and b. */
-static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t *pairs, const int kind,
+static MKVQ_INLINE void step16(sums16 *s, wi a, wi b, const int32_t (*pairs)[8], const int kind,
                                const int rows, const int two)
 {
 #define ROW(r) \
     if (rows > r) { \
-        const wi q = wi_set1((uint32_t)pairs[r]); \
-        s->a##r = kind == DOT_BYTES ? ws_dot8(s->a##r, a, q) : ws_dot16(s->a##r, a, q); \
+        const wi q = wi_set1((uint32_t)pairs[0][r]), \
+                 high = SPLIT(kind) ? wi_set1((uint32_t)pairs[1][r]) : q; \
+        s->a##r = add_products(s->a##r, a, q, high, kind); \
         if (two) \
-            s->b##r = kind == DOT_BYTES ? ws_dot8(s->b##r, b, q) : ws_dot16(s->b##r, b, q); \
+            s->b##r = add_products(s->b##r, b, q, high, kind); \
     }
     DOT_ROWS(ROW)
 #undef ROW
@@ -119,6 +138,10 @@ static MKVQ_INLINE void stepf(sumsf *s, wi a, wi b, const float *x, const int ro
 
 static MKVQ_INLINE wf total(ws sum, const int kind)
 {
+#ifdef MKVQ_SPLIT16
+    if (SPLIT(kind))
+        return wf_from_wi(ws_total_split(sum));
+#endif
     return wf_from_wi(kind == DOT_BYTES ? ws_total8(sum) : ws_total(sum));
 }
 
@@ -135,7 +158,7 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
                                       const int two)
 {
     sums16 s;
-    const int steps = kind == DOT_BYTES ? 4 : entries_of(kind) / 2;
+    const int steps = kind == DOT_BYTES ? 4 : entries_of(kind) / 2, split = SPLIT(kind) ? 2 : 1;
     const int32_t (*pairs)[8] = o->pairs;
 #define ROW(r) s.a##r = s.b##r = ws_zero();
     DOT_ROWS(ROW)
@@ -148,9 +171,9 @@ static MKVQ_INLINE void dot16_vectors(const dot_columns *d, const dot_operands *
         else
             b = a, third_b = third_a;
         MKVQ_UNROLL(8)
-        for (int j = 0; j < steps; j++)
-            step16(&s, codes_at(a, third_a, j, kind, 1), codes_at(b, third_b, j, kind, 1), pairs[j],
-                   kind, rows, two);
+        for (int j = 0; j < steps / split; j++)
+            step16(&s, codes_at(a, third_a, j, kind, 2 * split),
+                   codes_at(b, third_b, j, kind, 2 * split), pairs + split * j, kind, rows, two);
     }
 #define ROW(r) \
     if (rows > r) { \
@@ -183,7 +206,7 @@ static MKVQ_INLINE void dotf_vectors(const dot_columns *d, const dot_operands *o
             b = a, third_b = third_a;
         MKVQ_UNROLL(16)
         for (int j = 0; j < steps; j++)
-            stepf(&s, codes_at(a, third_a, j, kind, 0), codes_at(b, third_b, j, kind, 0), x[j],
+            stepf(&s, codes_at(a, third_a, j, kind, 1), codes_at(b, third_b, j, kind, 1), x[j],
                   rows, two);
     }
 #define ROW(r) \

@@ -30,6 +30,23 @@ static inline vf larger(vf top, vf x)
     return vf_max(vf_abs(x), top);
 }
 
+#ifdef MKVQ_SPLIT16
+/* Pairs of a column of 2n entries, n / 2 apart: as their low bytes, then their high bytes. */
+static void split_pairs(int32_t (*pairs)[8], int entries, int column)
+{
+    const int half = column / 4;
+    vi p[8];
+    for (int e = 0; e < entries; e += column, pairs += 2 * half) {
+        for (int j = 0; j < 2 * half; j++)
+            p[j] = vi_load((const uint32_t *)pairs[j]);
+        for (int j = 0; j < half; j++) {
+            vi_store((uint32_t *)pairs[2 * j], vi_low_bytes(p[j], p[j + half]));
+            vi_store((uint32_t *)pairs[2 * j + 1], vi_high_bytes(p[j], p[j + half]));
+        }
+    }
+}
+#endif
+
 /* Rounds operands x[e][row], at most `top` in size, to 16 bits: pairs of entries half a column
  * apart, and the factor that undoes it, so that the largest of every row is +-32767.
  *
@@ -59,6 +76,10 @@ static vf make_pairs(const float (*x)[8], const float *middle, int entries, int 
             PAIR(j + 1, cost2, cost3)
         }
 #undef PAIR
+#ifdef MKVQ_SPLIT16
+    if (SPLIT(column == 4 ? DOT_8 : DOT_4))
+        split_pairs(pairs - entries / 2, entries, column);
+#endif
     vf_store(factor, down);
     return vf_mul(vf_add(vf_add(cost0, cost1), vf_add(cost2, cost3)), down);
 }

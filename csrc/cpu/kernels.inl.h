@@ -9,6 +9,8 @@
 
 #include "group.inl.h"
 
+#include "search.inl.h"
+
 #include "tiers.inl.h"
 
 #include "budget.inl.h"
@@ -25,11 +27,11 @@
 
 #include "fold.inl.h"
 
+#include "window.inl.h"
+
 #include "query.inl.h"
 
 #include "weight.inl.h"
-
-#include "window.inl.h"
 
 #include "attend.inl.h"
 

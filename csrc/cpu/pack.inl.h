@@ -2,8 +2,8 @@
  *
  * Keys are read eight channels at a time and transposed, so that a channel's tokens are
  * contiguous: lanes are tokens, as in the key columns. Values are read a token at a time: lanes
- * are channels, as in the value rows. Either way the codes of a vector are or-ed into u32 words
- * in place. */
+ * are channels, as in the value rows. Either way eight rows (channels of one tier; tokens) are coded
+ * together, and the codes that share a word are put together before they are or-ed into it. */
 typedef struct {
     const mkvq_pack_args *args;
     int64_t row, head, token; /* first token of the block */
@@ -14,32 +14,46 @@ typedef struct {
 
 /* Room for eight channels of the longest block, or for all channels of a usual one: then keys are
  * loaded and transposed once. */
-#define PANEL_FLOATS 16384
+#define PANEL_FLOATS 32768
 
 static inline int keeps_panels(const mkvq_codec *codec)
 {
     return codec->head_dim * codec->block_length <= PANEL_FLOATS;
 }
 
+static MKVQ_INLINE int load_panel_as(const block_source *s, int channel, const float *mu,
+                                     float *panel, const int dtype, const int64_t stride)
+{
+    const mkvq_view *k = &s->args->k;
+    const int tokens = s->args->codec->block_length, size = mkvq_dtype_bytes(dtype);
+    const uint8_t *p = mkvq_at(k, s->row, s->head, s->token) + channel * stride * size;
+    vf lost[2] = {vf_set1(0.0f), vf_set1(0.0f)}; /* 0 * x is 0 or NaN */
+    for (int t = 0; t < tokens; t += 8) {
+        vf r[8];
+        MKVQ_UNROLL(8)
+        for (int i = 0; i < 8; i++, p += k->stride[2] * size) {
+            r[i] = load8(p, dtype, stride);
+            lost[i & 1] = vf_fma(r[i], vf_set1(0.0f), lost[i & 1]);
+        }
+        vf_transpose(r);
+        MKVQ_UNROLL(8)
+        for (int i = 0; i < 8; i++)
+            vf_store(panel + i * tokens + t, mu ? vf_sub(r[i], vf_set1(mu[channel + i])) : r[i]);
+    }
+    return vf_finite(vf_add(lost[0], lost[1]));
+}
+
 /* Eight channels from `channel` on, minus mu, to panel[8][T]; 0 if a value is not finite. */
 static int load_panel(const block_source *s, int channel, const float *mu, float *panel)
 {
     const mkvq_view *k = &s->args->k;
-    const int tokens = s->args->codec->block_length;
-    const int64_t step = channel * k->stride[3] * mkvq_dtype_bytes(k->dtype);
-    int finite = 1;
-    for (int t = 0; t < tokens; t += 8) {
-        vf r[8];
-        for (int i = 0; i < 8; i++) {
-            r[i] =
-                load8(mkvq_at(k, s->row, s->head, s->token + t + i) + step, k->dtype, k->stride[3]);
-            finite &= vf_finite(r[i]);
-        }
-        vf_transpose(r);
-        for (int i = 0; i < 8; i++)
-            vf_store(panel + i * tokens + t, mu ? vf_sub(r[i], vf_set1(mu[channel + i])) : r[i]);
-    }
-    return finite;
+    if (k->stride[3] != 1)
+        return load_panel_as(s, channel, mu, panel, k->dtype, k->stride[3]);
+    if (k->dtype == MKVQ_F32)
+        return load_panel_as(s, channel, mu, panel, MKVQ_F32, 1);
+    if (k->dtype == MKVQ_F16)
+        return load_panel_as(s, channel, mu, panel, MKVQ_F16, 1);
+    return load_panel_as(s, channel, mu, panel, MKVQ_BF16, 1);
 }
 
 /* Channel means, rounded to float16; 0 if one is not finite. */
@@ -70,46 +84,105 @@ static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uin
         plane[index] = (uint8_t)bits;
 }
 
-static inline void put_bits(uint32_t *words, vi bits, int shift)
+static inline void put_bits(uint32_t *words, vi bits)
 {
-    vi_store(words, vi_or(vi_load(words), vi_shl(bits, shift)));
+    vi_store(words, vi_or(vi_load(words), bits));
 }
 
-/* Ors the codes of n elements into their words; `words` begins the columns (rows), which are
- * `length` words long; `at` is the first element's index in its column. */
-static inline void put_codes(uint32_t *words, int64_t length, int at, mkvq_code_place place,
-                             const float *x, int n, const group_code *g)
+/* Ors the codes of n elements into their words; `words` are those of the first element in the first
+ * column (row); columns are `length` words long. */
+static void put_group(uint32_t *words, int64_t length, mkvq_code_place place, const float *x, int n,
+                      const group_code *g)
 {
-    uint32_t *low = words + place.words * length + at, *third = words + place.third * length + at;
+    uint32_t *low = words + place.words * length,
+             *third = place.third < 0 ? NULL : words + place.third * length;
     for (int i = 0; i < n; i += 8) {
-        const vi code = vi_from_vf(codes_of(vf_load(x + i), g));
-        put_bits(low + i, vi_and1(code, place.mask), place.shift);
-        if (place.third >= 0)
-            put_bits(third + i, vi_shr(code, 2), place.third_shift);
+        const vi code = find_codes(vf_load(x + i), g);
+        put_bits(low + i, vi_shl(vi_and1(code, place.mask), place.shift));
+        if (third)
+            put_bits(third + i, vi_shl(vi_shr(code, 2), place.third_shift));
     }
 }
 
-/* Codes one channel; 0 if a group does not fit. `stored` is its index in stored order. */
-static int pack_channel(block_source *s, const mkvq_layout *l, int tier, int stored, const float *x,
-                        uint8_t *record, float *largest)
+/* The same for eight groups whose codes share their words. */
+static MKVQ_INLINE void put_octet(uint32_t *low, uint32_t *third, const mkvq_code_place *places,
+                                  const float *const *rows, int n, const group_code *g, int quick)
+{
+    for (int i = 0; i < n; i += 8) {
+        vi a = vi_set1(0), b = a;
+        MKVQ_UNROLL(8)
+        for (int r = 0; r < 8; r++) {
+            const vf x = vf_load(rows[r] + i);
+            const vi code = quick ? quick_codes(x, g + r) : vi_from_vf(codes_of(x, g + r));
+            a = vi_or(a, vi_shl(vi_and1(code, places->mask), places[r].shift));
+            if (third)
+                b = vi_or(b, vi_shl(vi_shr(code, 2), places[r].third_shift));
+        }
+        put_bits(low + i, a);
+        if (third)
+            put_bits(third + i, b);
+    }
+}
+
+static void put_codes(uint32_t *words, int64_t length, const mkvq_code_place *places,
+                      const float *const *rows, int count, int n, const group_code *g)
+{
+    const mkvq_code_place *p = places;
+    int together = count == 8, quick = 1;
+    for (int r = 0; r < count; r++) {
+        together &= places[r].words == p->words && places[r].third == p->third;
+        quick &= g[r].inverse != 0.0f;
+    }
+    uint32_t *low = words + p->words * length,
+             *third = p->third < 0 ? NULL : words + p->third * length;
+    if (!together)
+        for (int r = 0; r < count; r++)
+            put_group(words, length, places[r], rows[r], n, g + r);
+    else if (!third && quick)
+        put_octet(low, NULL, places, rows, n, g, 1);
+    else if (!third)
+        put_octet(low, NULL, places, rows, n, g, 0);
+    else if (quick)
+        put_octet(low, third, places, rows, n, g, 1);
+    else
+        put_octet(low, third, places, rows, n, g, 0);
+}
+
+/* Up to eight channels of one tier. */
+typedef struct {
+    int count;
+    int stored[8]; /* index in stored order */
+    const float *x[8];
+} channel_octet;
+
+/* Codes channels of one tier; 0 if a group does not fit. */
+static int pack_channels(block_source *s, const mkvq_layout *l, int tier, const channel_octet *rows,
+                         uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
     uint8_t *scales = record + l->key_meta;
     uint8_t *offsets =
         scales + (int64_t)mkvq_meta_bytes(codec->key_metadata) * l->key_groups * l->coded;
-    const mkvq_code_place place = mkvq_key_place(l, stored);
+    mkvq_code_place places[8];
+    const float *x[8];
+    for (int r = 0; r < rows->count; r++)
+        places[r] = mkvq_key_place(l, rows->stored[r]);
     for (int i = 0, t = 0; i < l->key_groups; i++, t += codec->key_group) {
-        const int64_t at = (int64_t)i * l->coded + stored;
-        group_code g;
-        if (!code_group(x + t, codec->key_group, find_range(x + t, codec->key_group),
-                        mkvq_tier_bits(tier), codec->key_metadata, codec->key_range, 0, &g))
+        group_code g[8];
+        for (int r = 0; r < rows->count; r++)
+            x[r] = rows->x[r] + t;
+        if (!code_octet(x, rows->count, codec->key_group, mkvq_tier_bits(tier), codec->key_metadata,
+                        codec->key_range, 0, g))
             return 0;
-        put_metadata(scales, at, codec->key_metadata, g.scale_bits);
-        put_metadata(offsets, at, codec->key_metadata, g.offset_bits);
-        put_codes((uint32_t *)(void *)(record + l->key_columns), codec->block_length, t, place,
-                  x + t, codec->key_group, &g);
-        s->raised += g.raised;
-        largest[tier] = g.scale > largest[tier] ? g.scale : largest[tier];
+        for (int r = 0; r < rows->count; r++) {
+            const int64_t at = (int64_t)i * l->coded + rows->stored[r];
+            put_metadata(scales, at, codec->key_metadata, g[r].scale_bits);
+            put_metadata(offsets, at, codec->key_metadata, g[r].offset_bits);
+            s->raised += g[r].raised;
+            largest[tier] = g[r].scale > largest[tier] ? g[r].scale : largest[tier];
+        }
+        put_codes((uint32_t *)(void *)(record + l->key_columns) + t, codec->block_length, places, x,
+                  rows->count, codec->key_group, g);
     }
     return 1;
 }
@@ -136,50 +209,71 @@ static void copy_channel(const block_source *s, int channel, const float *x, uin
 static int pack_keys(block_source *s, const mkvq_layout *l, const uint8_t *tiers, float *panel,
                      uint8_t *record, float *largest)
 {
-    const int tokens = l->head.tokens, size = mkvq_dtype_bytes(l->head.dtype);
-    int stored_of[MKVQ_MAX_HEAD_DIM];
-    for (int i = 0; i < l->head.head_dim; i++)
-        stored_of[l->order[i]] = i;
-    for (int c = 0; c < l->head.head_dim; c += 8) {
-        const float *x = s->kept ? panel + c * tokens : panel;
+    const int dim = l->head.head_dim, tokens = l->head.tokens,
+              size = mkvq_dtype_bytes(l->head.dtype), mixed = l->counts[tiers[0]] != dim;
+    if (mixed && !s->kept && keeps_panels(s->args->codec)) { /* octets of one tier are full */
+        for (int c = 0; c < dim; c += 8)
+            if (!load_panel(s, c, s->mu, panel + c * tokens))
+                return 0;
+        s->kept = 1;
+    }
+    const int width = s->kept ? dim : 8;
+    for (int c = 0; c < dim; c += width) {
+        channel_octet rows = {0};
+        int tier = MKVQ_TIER_EXACT; /* of the rows */
         if (!s->kept && !load_panel(s, c, s->mu, panel))
             return 0;
-        for (int i = 0; i < 8; i++) {
-            const int tier = tiers[c + i], stored = stored_of[c + i];
-            if (tier != MKVQ_TIER_EXACT) {
-                if (!pack_channel(s, l, tier, stored, x + i * tokens, record, largest))
-                    return 0;
+        for (int i = 0; i < dim; i++) {
+            const int channel = l->order[i];
+            const float *x = panel + (channel - c) * tokens;
+            if (channel < c || channel >= c + width)
                 continue;
+            if (rows.count == 8 || tiers[channel] != tier) {
+                if (rows.count && !pack_channels(s, l, tier, &rows, record, largest))
+                    return 0;
+                rows.count = 0, tier = tiers[channel];
             }
-            copy_channel(s, c + i, x + i * tokens,
-                         record + l->exact_keys + (int64_t)(stored - l->coded) * tokens * size);
+            if (tier == MKVQ_TIER_EXACT)
+                copy_channel(s, channel, x,
+                             record + l->exact_keys + (int64_t)(i - l->coded) * tokens * size);
+            else
+                rows.stored[rows.count] = i, rows.x[rows.count++] = x;
         }
+        if (rows.count && !pack_channels(s, l, tier, &rows, record, largest))
+            return 0;
     }
     return 1;
 }
 
-/* Codes one token's values; 0 if a group does not fit. */
-static int pack_value_token(block_source *s, const mkvq_layout *l, int t, const float *x,
-                            uint8_t *record, float *largest)
+/* Codes the values of eight tokens from t on; 0 if a group does not fit. */
+static int pack_tokens(block_source *s, const mkvq_layout *l, int t, const float *const *rows,
+                       uint8_t *record, float *largest)
 {
     const mkvq_codec *codec = s->args->codec;
     const int dim = codec->head_dim;
     uint8_t *scales = record + l->value_meta;
     uint8_t *offsets = scales + (int64_t)mkvq_meta_bytes(codec->value_metadata) * l->value_groups *
                                     codec->block_length;
-    const mkvq_code_place place = mkvq_value_place(l, t);
+    mkvq_code_place places[8];
+    const float *x[8];
+    for (int r = 0; r < 8; r++)
+        places[r] = mkvq_value_place(l, t + r);
     for (int i = 0, c = 0; i < l->value_groups; i++, c += codec->value_group) {
         const int n = c + codec->value_group < dim ? codec->value_group : dim - c;
-        const int64_t at = (int64_t)i * codec->block_length + t;
-        group_code g;
-        if (!code_group(x + c, n, find_range(x + c, n), codec->value_bits, codec->value_metadata,
-                        codec->value_range, 0, &g))
+        group_code g[8];
+        for (int r = 0; r < 8; r++)
+            x[r] = rows[r] + c;
+        if (!code_octet(x, 8, n, codec->value_bits, codec->value_metadata, codec->value_range, 0,
+                        g))
             return 0;
-        put_metadata(scales, at, codec->value_metadata, g.scale_bits);
-        put_metadata(offsets, at, codec->value_metadata, g.offset_bits);
-        put_codes((uint32_t *)(void *)(record + l->values), dim, c, place, x + c, n, &g);
-        s->raised += g.raised;
-        *largest = g.scale > *largest ? g.scale : *largest;
+        for (int r = 0; r < 8; r++) {
+            const int64_t at = (int64_t)i * codec->block_length + t + r;
+            put_metadata(scales, at, codec->value_metadata, g[r].scale_bits);
+            put_metadata(offsets, at, codec->value_metadata, g[r].offset_bits);
+            s->raised += g[r].raised;
+            *largest = g[r].scale > *largest ? g[r].scale : *largest;
+        }
+        put_codes((uint32_t *)(void *)(record + l->values) + c, dim, places, x, 8, n, g);
     }
     return 1;
 }
@@ -188,21 +282,25 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
 {
     const mkvq_view *v = &s->args->v;
     const int dim = l->head.head_dim, size = mkvq_dtype_bytes(v->dtype);
-    float x[MKVQ_MAX_HEAD_DIM];
-    for (int t = 0; t < l->head.tokens; t++) {
-        const uint8_t *p = mkvq_at(v, s->row, s->head, s->token + t);
-        load_row(x, p, v->dtype, v->stride[3], dim);
-        if (l->head.flags & MKVQ_FLAG_ROTATION)
-            hadamard(x, dim);
-        for (int c = 0; c < dim;
-             c += 8) /* after the rotation, which may overflow and never heals a value */
-            if (!vf_finite(vf_load(x + c)))
+    float x[8][MKVQ_MAX_HEAD_DIM];
+    const float *rows[8];
+    for (int t = 0; t < l->head.tokens; t += 8) {
+        for (int r = 0; r < 8; r++) {
+            const uint8_t *p = mkvq_at(v, s->row, s->head, s->token + t + r);
+            rows[r] = x[r];
+            load_row(x[r], p, v->dtype, v->stride[3], dim);
+            if (l->head.flags & MKVQ_FLAG_ROTATION)
+                hadamard(x[r], dim);
+            vf lost = vf_set1(0.0f); /* 0 * x is 0 or NaN, also where the rotation overflowed */
+            for (int c = 0; c < dim; c += 8)
+                lost = vf_fma(vf_load(x[r] + c), vf_set1(0.0f), lost);
+            if (!vf_finite(lost))
                 return 0;
-        if (!l->head.value_bits) {
-            copy_row(record + l->values + (int64_t)t * dim * size, p, v->dtype, v->stride[3], dim);
-            continue;
+            if (!l->head.value_bits)
+                copy_row(record + l->values + (int64_t)(t + r) * dim * size, p, v->dtype,
+                         v->stride[3], dim);
         }
-        if (!pack_value_token(s, l, t, x, record, largest))
+        if (l->head.value_bits && !pack_tokens(s, l, t, rows, record, largest))
             return 0;
     }
     return 1;

@@ -122,24 +122,6 @@ static void fold_queries(query_tile *w, const uint8_t *record, const mkvq_layout
     vf_store(w->constant, vf_add(vf_add(sum0, sum1), vf_add(sum2, sum3)));
 }
 
-/* s[row][token] += scores of n tokens from t on, of the exact channels. */
-static void score_exact_channels(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record,
-                                 const mkvq_layout *l, const float (*q)[8], int rows, int t, int n)
-{
-    const int size = mkvq_dtype_bytes(l->head.dtype);
-    for (int i = l->coded; i < l->head.head_dim; i++) {
-        const uint8_t *k =
-            record + l->exact_keys + ((int64_t)(i - l->coded) * l->head.tokens + t) * size;
-        for (int at = 0; at < n; at += 8, k += 8 * size) {
-            const vf x = load8(k, l->head.dtype, 1);
-            for (int r = 0; r < rows; r++) {
-                const vf sum = vf_load(s[r] + at);
-                vf_store(s[r] + at, vf_fma(x, vf_set1(q[l->order[i]][r]), sum));
-            }
-        }
-    }
-}
-
 /* Scores of tokens begin ... begin + n of a coded record, both multiples of 32, of which find_runs
  * has been told. reference[row]: sum of q mu over the coded channels. */
 static void score_coded(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record, const mkvq_layout *l,

@@ -113,22 +113,33 @@ static inline float channel_error(const mkvq_codec *codec, const channel_stats *
                                                   : stats->measured[channel][tier];
 }
 
-/* Expected logit error of an assignment, or NO_FIT. */
-static float pattern_cost(const mkvq_codec *codec, const channel_stats *stats,
-                          const float *importance, const uint8_t *tier)
+/* Expected logit error of each assignment, or NO_FIT: channels outer, so that the sums of all
+ * patterns, each in channel order, run side by side. */
+static void pattern_costs(const mkvq_codec *codec, const channel_stats *stats,
+                          const float *importance, uint8_t (*const tier)[MKVQ_MAX_HEAD_DIM],
+                          float *cost)
 {
-    float cost = 0.0f;
+    int fits[MKVQ_MAX_PATTERNS], used[MKVQ_TIER_EXACT];
+    for (int p = 0; p < codec->n_patterns; p++)
+        cost[p] = 0.0f, fits[p] = 1;
+    for (int t = 0; t < MKVQ_TIER_EXACT; t++)
+        used[t] = uses_tier(codec, t);
     for (int c = 0; c < codec->head_dim; c++) {
-        const int t = tier[c];
-        if (t == MKVQ_TIER_EXACT)
-            continue;
         const float weight = importance ? importance[c] * importance[c] : 1.0f;
-        const float error = channel_error(codec, stats, c, t);
-        if (error == NO_FIT)
-            return NO_FIT;
-        cost += weight * error;
+        float term[MKVQ_TIERS] = {0}; /* exact: no error */
+        int coded[MKVQ_TIERS] = {1, 1, 1, 1, 1, 1};
+        for (int t = 0; t < MKVQ_TIER_EXACT; t++) {
+            if (!used[t])
+                continue;
+            const float error = channel_error(codec, stats, c, t);
+            coded[t] = error != NO_FIT;
+            term[t] = weight * error;
+        }
+        for (int p = 0; p < codec->n_patterns; p++)
+            cost[p] += term[tier[p][c]], fits[p] &= coded[tier[p][c]];
     }
-    return cost;
+    for (int p = 0; p < codec->n_patterns; p++)
+        cost[p] = fits[p] ? cost[p] : NO_FIT;
 }
 
 /* Tier id of every channel; 0 if no pattern can be coded. */
@@ -136,7 +147,7 @@ static int choose_tiers(const mkvq_codec *codec, const channel_stats *stats,
                         const float *importance, uint8_t *tier)
 {
     float salience[MKVQ_MAX_HEAD_DIM];
-    uint8_t rank[MKVQ_MAX_HEAD_DIM], trial[MKVQ_MAX_HEAD_DIM];
+    uint8_t rank[MKVQ_MAX_HEAD_DIM], trial[MKVQ_MAX_PATTERNS][MKVQ_MAX_HEAD_DIM];
     const int dim = codec->head_dim;
     for (int c = 0; c < dim; c++)
         salience[c] = (importance ? importance[c] : 1.0f) * (stats->spread[c] / 3.0f) + 0.0f;
@@ -152,15 +163,15 @@ static int choose_tiers(const mkvq_codec *codec, const channel_stats *stats,
         assign_pattern(codec->patterns[0], rank, tier);
         return 1;
     }
-    float best = 0.0f;
-    int found = 0;
-    for (int p = 0; p < codec->n_patterns; p++) {
-        assign_pattern(codec->patterns[p], rank, trial);
-        const float cost = pattern_cost(codec, stats, importance, trial);
-        if (cost == NO_FIT || (found && !(cost < best)))
-            continue;
-        best = cost, found = 1;
-        memcpy(tier, trial, (size_t)dim);
-    }
-    return found;
+    float cost[MKVQ_MAX_PATTERNS];
+    int best = -1;
+    for (int p = 0; p < codec->n_patterns; p++)
+        assign_pattern(codec->patterns[p], rank, trial[p]);
+    pattern_costs(codec, stats, importance, trial, cost);
+    for (int p = 0; p < codec->n_patterns; p++)
+        if (cost[p] != NO_FIT && (best < 0 || cost[p] < cost[best]))
+            best = p;
+    if (best >= 0)
+        memcpy(tier, trial[best], (size_t)dim);
+    return best >= 0;
 }

@@ -99,35 +99,23 @@ static inline vf vf_abs(vf x)
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
-/* Floats >= 0 order like their bits, a negative one is a negative integer: integer minima and
- * maxima leave the float adders to the rest of a loop. */
-static inline vf vf_clamp(vf x, float limit)
+/* Floats > 0 order like their bits, a negative one is a negative integer: integer minima and maxima
+ * leave the float adders to the rest of a loop. */
+static inline vf vf_clamp(vf x, float low, float high)
 {
-    const __m256i top = _mm256_castps_si256(_mm256_set1_ps(limit));
-    const __m256i low = _mm256_max_epi32(_mm256_castps_si256(x), _mm256_setzero_si256());
-    return _mm256_castsi256_ps(_mm256_min_epi32(low, top));
+    const __m256i a = _mm256_castps_si256(_mm256_set1_ps(low)),
+                  b = _mm256_castps_si256(_mm256_set1_ps(high));
+    return _mm256_castsi256_ps(_mm256_min_epi32(_mm256_max_epi32(_mm256_castps_si256(x), a), b));
 }
 
-static inline vf vf_widest(vf a, vf x)
+static inline unsigned vf_less(vf a, vf b)
 {
-    return _mm256_castsi256_ps(
-        _mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(vf_abs(x))));
-}
-
-static inline int vf_all_below(vf x, float limit)
-{
-    return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_LT_OQ)) == 255;
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 
 static inline unsigned vf_equal(vf a, vf b)
 {
     return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
-}
-
-static inline vf vf_previous(vf x)
-{
-    const vf moved = _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 2, 3, 4, 5, 6));
-    return _mm256_blend_ps(moved, _mm256_setzero_ps(), 1);
 }
 
 static inline vf vf_hide_below(vf p, vf x, float limit)

@@ -1,13 +1,15 @@
 /* vec_neon.h - the vector vocabulary of vec_scalar.h for 64-bit ARM: eight lanes in two NEON
- * registers. Same names, same results; only vf_fma rounds once. */
+ * registers. Same names, same results; only vf_fma rounds once. vec_neon_dot.h builds on it. */
 #ifndef MKVQ_VEC_H
 #define MKVQ_VEC_H
 #include "../numeric.h"
 #include <arm_neon.h>
 #include <math.h>
 
+#ifndef MKVQ_ISA_TABLE
 #define MKVQ_ISA_NAME "neon"
 #define MKVQ_ISA_TABLE mkvq_kernels_neon
+#endif
 
 /* a vector operation costs little more than what one of its lanes would */
 #define MKVQ_WIDE 1
@@ -96,33 +98,27 @@ static inline vf vf_abs(vf x)
     return (vf){vabsq_f32(x.lo), vabsq_f32(x.hi)};
 }
 
-static inline vf vf_clamp(vf x, float limit)
+static inline vf vf_clamp(vf x, float low, float high)
 {
-    const float32x4_t zero = vdupq_n_f32(0.0f), top = vdupq_n_f32(limit);
-    return (vf){vminq_f32(vmaxq_f32(x.lo, zero), top), vminq_f32(vmaxq_f32(x.hi, zero), top)};
+    const float32x4_t a = vdupq_n_f32(low), b = vdupq_n_f32(high);
+    return (vf){vminq_f32(vmaxq_f32(x.lo, a), b), vminq_f32(vmaxq_f32(x.hi, a), b)};
 }
 
-static inline vf vf_widest(vf a, vf x)
+/* Bits of the lanes that are all ones. */
+static inline unsigned lane_mask(uint32x4_t lo, uint32x4_t hi)
 {
-    return (vf){vmaxq_f32(a.lo, vabsq_f32(x.lo)), vmaxq_f32(a.hi, vabsq_f32(x.hi))};
+    static const uint32_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    return vaddvq_u32(vorrq_u32(vandq_u32(lo, vld1q_u32(bit)), vandq_u32(hi, vld1q_u32(bit + 4))));
 }
 
-static inline int vf_all_below(vf x, float limit)
+static inline unsigned vf_less(vf a, vf b)
 {
-    const float32x4_t top = vdupq_n_f32(limit);
-    return vminvq_u32(vandq_u32(vcltq_f32(x.lo, top), vcltq_f32(x.hi, top))) != 0;
+    return lane_mask(vcltq_f32(a.lo, b.lo), vcltq_f32(a.hi, b.hi));
 }
 
 static inline unsigned vf_equal(vf a, vf b)
 {
-    static const uint32_t bit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
-    return vaddvq_u32(vorrq_u32(vandq_u32(vceqq_f32(a.lo, b.lo), vld1q_u32(bit)),
-                                vandq_u32(vceqq_f32(a.hi, b.hi), vld1q_u32(bit + 4))));
-}
-
-static inline vf vf_previous(vf x)
-{
-    return (vf){vextq_f32(vdupq_n_f32(0.0f), x.lo, 3), vextq_f32(x.lo, x.hi, 3)};
+    return lane_mask(vceqq_f32(a.lo, b.lo), vceqq_f32(a.hi, b.hi));
 }
 
 static inline vf vf_hide_below(vf p, vf x, float limit)
@@ -367,6 +363,7 @@ static inline wi ws_total(ws sum)
     return vreinterpretq_u32_s32(vpaddq_s32(sum.first, sum.second));
 }
 
+#ifndef MKVQ_SPLIT16
 static inline ws ws_dot8(ws sum, wi codes, wi operands)
 {
     const int8x16_t a = vreinterpretq_s8_u32(codes), b = vreinterpretq_s8_u32(operands);
@@ -378,6 +375,7 @@ static inline wi ws_total8(ws sum)
 {
     return ws_total(sum);
 }
+#endif
 
 static inline wf wf_from_wi(wi a)
 {

@@ -105,25 +105,18 @@ static inline vf vf_abs(vf x)
     return x;
 }
 
-/* 0 ... limit of x, which is not NaN */
-static inline vf vf_clamp(vf x, float limit)
+/* low ... high of x; 0 < low */
+static inline vf vf_clamp(vf x, float low, float high)
 {
-    return vf_min(vf_max(x, vf_set1(0.0f)), vf_set1(limit));
+    return vf_min(vf_max(x, vf_set1(low)), vf_set1(high));
 }
 
-/* max(a, |x|) for a >= 0 */
-static inline vf vf_widest(vf a, vf x)
+/* bit i: lane i of a is less than that of b, neither NaN */
+static inline unsigned vf_less(vf a, vf b)
 {
-    LANES(i) a.lane[i] = fabsf(x.lane[i]) > a.lane[i] ? fabsf(x.lane[i]) : a.lane[i];
-    return a;
-}
-
-/* 1 if every lane is less than limit, none NaN */
-static inline int vf_all_below(vf x, float limit)
-{
-    int ok = 1;
-    LANES(i) ok &= x.lane[i] < limit;
-    return ok;
+    unsigned mask = 0;
+    LANES(i) mask |= (unsigned)(a.lane[i] < b.lane[i]) << i;
+    return mask;
 }
 
 /* bit i: lanes i are equal */
@@ -132,15 +125,6 @@ static inline unsigned vf_equal(vf a, vf b)
     unsigned mask = 0;
     LANES(i) mask |= (unsigned)(a.lane[i] == b.lane[i]) << i;
     return mask;
-}
-
-/* lane i: lane i - 1 of x; lane 0: 0 */
-static inline vf vf_previous(vf x)
-{
-    vf r = {{0}};
-    for (int i = 1; i < 8; i++)
-        r.lane[i] = x.lane[i - 1];
-    return r;
 }
 
 /* p where x >= limit or x is NaN, else -infinity */

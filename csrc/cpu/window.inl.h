@@ -1,4 +1,5 @@
-/* window.inl.h - scores and sums over rows of exact keys and values: sinks, window, exact records. */
+/* window.inl.h - scores and sums over exact keys and values: sinks, window, exact records, and the
+ * exact channels of coded ones. */
 
 /* Eight rows of `dim` floats, `step` bytes apart, widened to `room` unless they can be read where
  * they are; rows from n on repeat the last. */
@@ -38,30 +39,49 @@ static void score_exact(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *k, int64_t 
     }
 }
 
-/* out[row][c ... c + 8] += sum over n rows of exact values. */
-static MKVQ_INLINE void value_octet(float (*out)[MKVQ_MAX_HEAD_DIM], float (*p)[MKVQ_TILE_TOKENS],
-                                    const uint8_t *v, int64_t step, int dtype, int64_t stride,
-                                    int c, int n, const int rows)
+/* out[row] += sum over n vectors v of eight elements, `step` bytes apart, each times its weight of
+ * this row: entry i of row r at weight + r * row_step + i * entry_step. */
+static MKVQ_INLINE void add_octets(float *out, int64_t out_step, const float *weight,
+                                   int64_t row_step, int64_t entry_step, const uint8_t *v,
+                                   int64_t step, int dtype, int64_t stride, int n, const int rows)
 {
     vf a0, a1, a2, a3, a4, a5, a6, a7;
-#define EACH(M) M(0) M(1) M(2) M(3) M(4) M(5) M(6) M(7)
-#define ROW(r) a##r = vf_load(out[r < rows ? r : 0] + c);
-    EACH(ROW)
+#define ROW(r) a##r = vf_load(out + (r < rows ? r : 0) * out_step);
+    DOT_ROWS(ROW)
 #undef ROW
-    for (int t = 0; t < n; t++, v += step) {
+    for (int i = 0; i < n; i++, v += step, weight += entry_step) {
         const vf x = load8(v, dtype, stride);
 #define ROW(r) \
     if (rows > r) \
-        a##r = vf_fma_sum(x, vf_set1(p[r][t]), a##r);
-        EACH(ROW)
+        a##r = vf_fma_sum(x, vf_set1(weight[r * row_step]), a##r);
+        DOT_ROWS(ROW)
 #undef ROW
     }
 #define ROW(r) \
     if (rows > r) \
-        vf_store(out[r] + c, a##r);
-    EACH(ROW)
+        vf_store(out + r * out_step, a##r);
+    DOT_ROWS(ROW)
 #undef ROW
-#undef EACH
+}
+
+#define ADD_WEIGHTED(rows) \
+    add_octets(out, out_step, weight, row_step, entry_step, v, step, dtype, stride, n, rows); \
+    return;
+
+static void add_weighted(float *out, int64_t out_step, const float *weight, int64_t row_step,
+                         int64_t entry_step, const uint8_t *v, int64_t step, int dtype,
+                         int64_t stride, int n, int rows)
+{
+    switch (rows) {
+    case 1: ADD_WEIGHTED(1)
+    case 2: ADD_WEIGHTED(2)
+    case 3: ADD_WEIGHTED(3)
+    case 4: ADD_WEIGHTED(4)
+    case 5: ADD_WEIGHTED(5)
+    case 6: ADD_WEIGHTED(6)
+    case 7: ADD_WEIGHTED(7)
+    default: ADD_WEIGHTED(8)
+    }
 }
 
 /* out[row] += sum over n rows of exact values, `step` bytes apart. */
@@ -71,14 +91,21 @@ static void value_exact(float (*out)[MKVQ_MAX_HEAD_DIM], float (*p)[MKVQ_TILE_TO
 {
     const int64_t chunk = 8 * stride * mkvq_dtype_bytes(dtype);
     for (int c = 0; c < dim; c += 8, v += chunk)
-        switch (rows) {
-        case 1: value_octet(out, p, v, step, dtype, stride, c, n, 1); break;
-        case 2: value_octet(out, p, v, step, dtype, stride, c, n, 2); break;
-        case 3: value_octet(out, p, v, step, dtype, stride, c, n, 3); break;
-        case 4: value_octet(out, p, v, step, dtype, stride, c, n, 4); break;
-        case 5: value_octet(out, p, v, step, dtype, stride, c, n, 5); break;
-        case 6: value_octet(out, p, v, step, dtype, stride, c, n, 6); break;
-        case 7: value_octet(out, p, v, step, dtype, stride, c, n, 7); break;
-        default: value_octet(out, p, v, step, dtype, stride, c, n, 8); break;
-        }
+        add_weighted(out[0] + c, MKVQ_MAX_HEAD_DIM, p[0], MKVQ_TILE_TOKENS, 1, v, step, dtype,
+                     stride, n, rows);
+}
+
+/* s[row][token] += scores of n tokens from t on, of the exact channels of a coded record. */
+static void score_exact_channels(float (*s)[MKVQ_TILE_TOKENS], const uint8_t *record,
+                                 const mkvq_layout *l, const float (*q)[8], int rows, int t, int n)
+{
+    const int size = mkvq_dtype_bytes(l->head.dtype), channels = l->head.head_dim - l->coded;
+    const int64_t step = (int64_t)l->head.tokens * size;
+    const uint8_t *k = record + l->exact_keys + (int64_t)t * size;
+    float x[MKVQ_MAX_HEAD_DIM][8];
+    for (int i = 0; i < channels; i++)
+        vf_store(x[i], vf_load(q[l->order[l->coded + i]]));
+    for (int at = 0; channels && at < n; at += 8, k += 8 * size)
+        add_weighted(s[0] + at, MKVQ_TILE_TOKENS, x[0], 1, 8, k, step, l->head.dtype, 1, channels,
+                     rows);
 }

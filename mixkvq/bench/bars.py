@@ -13,6 +13,8 @@ WHERE = {"head_dim": 128, "threads": 1}
 SHARE = {"compact": 1.0, "default": 0.75}
 """Which part of a bar a preset has to reach."""
 
+_LIMITS = ("floor", "target", "verdict")
+
 SHORTEST, SHORTEST_IN_CACHE = 4096, 1024
 """Tokens from which on bars hold."""
 
@@ -83,7 +85,7 @@ def ours(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
 
 def kernel_sheet(rows: Sequence[Row]) -> Sheet:
     """Every bar of the kernels that these rows can be held against."""
-    head = ("preset", "group", "tokens", "versus", "which is", "times faster [95 %]", "floor", "target", "verdict")
+    head = ("preset", "group", "tokens", "versus", "which is", "times faster [95 %]", "by best", *_LIMITS)
     sheet = Sheet("Floors and targets: head_dim 128, one thread", head, left=5)
     for cell in cells(rows):
         found = list(cell.values())
@@ -99,6 +101,7 @@ def kernel_sheet(rows: Sequence[Row]) -> Sheet:
                 sheet.rows.append(
                     [
                         *(preset, str(where["group"]), context(where["tokens"]), bar.rival, known, spread(ratio)),
+                        number(other.best / row.best),
                         *(number(share * bar.floor), number(share * bar.target), bar.verdict(ratio.value, share)),
                     ]
                 )

@@ -14,14 +14,15 @@ _COLORS = ("#0f766e", "#2dd4bf", "#b45309", "#f59e0b", "#6d28d9", "#a78bfa", "#4
 Lines = dict[str, list[tuple[int, float]]]
 
 
-def draw(path: Path, title: str, panels: dict[str, Lines], *, y: str, log_y: bool = True) -> None:
+def draw(path: Path, title: str, panels: dict[str, Lines], *, y: str) -> None:
     """One panel per entry side by side, lines over tokens, written as PNG."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(4.2 * len(panels) + 2.6, 4.8), dpi=120, layout="constrained")
     figure.suptitle(title)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
+    palette = _COLORS if len(names) > 4 else _COLORS[::2]
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(names)}
     axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for part, (caption, lines) in zip(axes, panels.items(), strict=True):
         for name, points in lines.items():
@@ -31,8 +32,7 @@ def draw(path: Path, title: str, panels: dict[str, Lines], *, y: str, log_y: boo
         lengths = sorted({length for points in lines.values() for length, _ in points})
         part.set_xscale("log", base=2)
         part.set_xticks(lengths, [context(length) for length in lengths])
-        if log_y:
-            part.set_yscale("log")
+        part.set_yscale("log")
         part.grid(alpha=0.25, which="both")
     axes[0].set_ylabel(y)
     handles = {label: line for part in axes for line, label in zip(*part.get_legend_handles_labels(), strict=True)}

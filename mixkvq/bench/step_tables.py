@@ -57,7 +57,7 @@ def ratios(rows: Sequence[Row]) -> Sheet:
 
 def bars(rows: Sequence[Row]) -> Sheet:
     """Floors and targets of the step."""
-    head = ("cache", "versus", "what", "times faster [95 %]", "floor", "target", "verdict")
+    head = ("cache", "versus", "what", "times faster [95 %]", "by best", "floor", "target", "verdict")
     title = f"Floors and targets: head_dim 128, one thread, group {STEP_GROUP}, {context(STEP_TOKENS)} tokens"
     sheet = Sheet(title, head, left=3)
     place = {**WHERE, "group": STEP_GROUP, "tokens": STEP_TOKENS}
@@ -66,15 +66,22 @@ def bars(rows: Sequence[Row]) -> Sheet:
             rival = _rival(bar, cell)
             if rival is not None:
                 row, share = cell[preset], SHARE[preset]
+                base = cell[EMPTY]
                 known = {
-                    "step": times_faster(row, rival),
-                    "less empty history": times_faster_beyond(row, rival, cell[EMPTY]),
+                    "step": (times_faster(row, rival), rival.best / row.best),
+                    "less empty history": (times_faster_beyond(row, rival, base), _best_beyond(row, rival, base)),
                 }
-                for what, ratio in known.items():
+                for what, (ratio, best) in known.items():
                     limits = number(share * bar.floor), number(share * bar.target)
                     verdict = bar.verdict(ratio.value, share)
-                    sheet.rows.append([preset, rival.system, what, spread(ratio), *limits, verdict])
+                    sheet.rows.append([preset, rival.system, what, spread(ratio), number(best), *limits, verdict])
     return sheet
+
+
+def _best_beyond(row: Row, rival: Row, base: Row) -> float:
+    """As `times_faster_beyond`, of the best times."""
+    own = row.best - base.best
+    return (rival.best - base.best) / own if own > 0 else float("nan")
 
 
 def _rival(bar: Bar, cell: dict[str, Row]) -> Row | None:

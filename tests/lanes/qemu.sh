@@ -82,7 +82,7 @@ MIXKVQ_TORCH=off MIXKVQ_CUDA=off MIXKVQ_WERROR=1 CC=aarch64-linux-gnu-gcc CFLAGS
     "$venv/bin/python" setup.py -q build --build-lib "$site" --build-temp "$here/objects" >"$here/build.log" 2>&1 ||
     { cat "$here/build.log" >&2 && fail "the core does not build"; }
 "$venv/bin/python" -P -c 'from mixkvq import _core; print("levels:", _core.isas(), "in use:", _core.isa())
-assert dict(_core.isas())["neon"]' || fail "the core has no usable NEON level"
+assert all(dict(_core.isas()).values())' || fail "the core lacks a level"
 
 (($#)) || set -- "${tests[@]}" -k "not scalar or golden or isa" # scalar has its full tests without an emulator
 MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.1} OMP_NUM_THREADS=1 "$venv/bin/python" -P -m pytest -q -p no:cacheprovider "$@" ||
