@@ -3,6 +3,8 @@
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
 #   make accuracy what the presets promise, measured on that model (minutes)
+#   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
+#   make simde    the core's tests for the AVX-512 kernels on a CPU without AVX-512
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
 #   TORCH       what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -20,7 +22,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp)
 
-.PHONY: demo test slow accuracy lint format clean FORCE
+.PHONY: demo test slow accuracy qemu simde lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -34,6 +36,12 @@ slow: $(DONE)/package $(DONE)/model
 
 accuracy: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)
+
+qemu: $(DONE)/venv
+	PYTHON=$(BIN)/python tests/lanes/qemu.sh
+
+simde: $(DONE)/package
+	PYTHON=$(BIN)/python tests/lanes/simde.sh
 
 lint: $(DONE)/lint
 	$(BIN)/ruff check .
