@@ -5,6 +5,7 @@
 #   make accuracy what the presets promise, measured on that model (minutes)
 #   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
 #   make simde    the core's tests for the AVX-512 kernels on a CPU without AVX-512
+#   make instructions   what decode and flush execute, counted by valgrind, against the recorded counts
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
 #   TORCH       what pip installs as torch, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -20,9 +21,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
-C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp)
+C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp benchmarks/*.c)
 
-.PHONY: demo test slow accuracy qemu simde lint format clean FORCE
+.PHONY: demo test slow accuracy qemu simde instructions lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -42,6 +43,10 @@ qemu: $(DONE)/venv
 
 simde: $(DONE)/package
 	PYTHON=$(BIN)/python tests/lanes/simde.sh
+# needs valgrind and objdump; RECORD=--record makes the counts of this build the recorded ones
+instructions: $(DONE)/package
+	$(BIN)/python benchmarks/spills.py $(RECORD)
+	$(BIN)/python benchmarks/instructions.py $(RECORD)
 
 lint: $(DONE)/lint
 	$(BIN)/ruff check .

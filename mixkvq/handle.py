@@ -68,6 +68,15 @@ class PackedHandle(torch.Tensor):
 _make = torch.Tensor._make_wrapper_subclass
 
 
+def _references(pair: tuple[object, object]) -> int:
+    """References to both, as the interpreter counts them."""
+    return getrefcount(pair[0]) + getrefcount(pair[1])
+
+
+_ALONE = _references((object(), object()))
+"""What a pair has that nobody else refers to; how many that are depends on the interpreter."""
+
+
 class Handles:
     """Gives out the handles of one cache.
 
@@ -93,14 +102,7 @@ class Handles:
         dtype : torch.dtype
         """
         pair, like = self._pair, (shape, dtype, layer.device)
-        # references to each handle: from the pair, and from the argument of getrefcount
-        if (
-            pair is None
-            or like != self._like
-            or getrefcount(pair[0]) + getrefcount(pair[1]) > 4
-            or pair[0].seen
-            or pair[1].seen
-        ):
+        if pair is None or like != self._like or _references(pair) > _ALONE or pair[0].seen or pair[1].seen:
             # class, sizes, strides, storage offset, memory format, dtype, layout, device: faster by position
             arguments = PackedHandle, shape, None, None, None, dtype, torch.strided, layer.device
             self._pair, self._like = pair, _ = (_make(*arguments), _make(*arguments)), like

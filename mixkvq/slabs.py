@@ -55,20 +55,25 @@ class RecordTable:
             New blocks of each row.
         """
         lengths: list[int] = sizes.flatten().tolist()
-        *offsets, total = accumulate(lengths, initial=0)
+        first = len(self.slabs) << SHIFT
+        *places, end = accumulate(lengths, initial=first)
+        total = end - first
         if total == 0:
             return
         slab = torch.empty(total, dtype=torch.uint8, device=staging.device)
         self._widths.append(_copy_records(slab, staging.flatten(0, 2), lengths))
-        places = torch.tensor(offsets, device=sizes.device).view_as(sizes) + (len(self.slabs) << SHIFT)
         self.slabs.append(slab)
-        old, have = self.place, self.blocks.tolist()
-        blocks = [a + b for a, b in zip(have, counts, strict=True)]
-        self.place = torch.full((*old.shape[:2], max(blocks)), -1, dtype=torch.int64, device=old.device)
-        self.place[:, :, : old.shape[2]] = old
-        for row, (begin, end) in enumerate(zip(have, blocks, strict=True)):
-            self.place[row, :, begin:end] = places[row, :, : end - begin]
-        self.blocks = torch.tensor(blocks, device=old.device)
+        old, have, device = self.place, self.blocks.tolist(), self.place.device
+        new = torch.tensor(places, device=device).view_as(sizes)
+        if len(set(have)) == len(set(counts)) == 1:  # no row is longer
+            self.place = torch.cat([old, new[:, :, : counts[0]]], 2)
+        else:
+            longest = max(a + b for a, b in zip(have, counts, strict=True))
+            self.place = torch.full((*old.shape[:2], longest), -1, dtype=torch.int64, device=device)
+            self.place[:, :, : old.shape[2]] = old
+            for row, (a, b) in enumerate(zip(have, counts, strict=True)):
+                self.place[row, :, a : a + b] = new[row, :, :b]
+        self.blocks = self.blocks + torch.tensor(counts, device=device)
 
     # ---- shrinking and moving --------------------------------------------------------------------------------------
     def truncate(self, blocks: torch.Tensor) -> None:

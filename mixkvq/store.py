@@ -90,6 +90,7 @@ class PackedStore:
     ) -> None:
         batch, device = len(start), start.device
         self.config, self.codec, self.start = config, codec, start.clone()
+        self._record_bound = ops.codec(codec).record_bound
         capacity = config.sink_length + config.residual_length + margin
         self.k = torch.zeros(batch, heads, capacity, codec.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
@@ -206,7 +207,9 @@ class PackedStore:
                 for buffer in (self.k, self.v):
                     buffer[row, :, at:to] = buffer[row, :, at + packed : to + packed]
         self.exact.copy_(torch.tensor(exact))
-        self._resize(max([sink + self.config.residual_length, *exact]))
+        capacity = max([sink + self.config.residual_length, *exact])
+        if capacity != self.k.shape[2]:
+            self._resize(capacity)
         self._recount()
 
     def _due(self, exact: int, margin: int) -> int:
@@ -220,7 +223,7 @@ class PackedStore:
         if most == 0:
             return
         importance = self.queries.importance()
-        column_bytes = k.shape[0] * k.shape[1] * ops.codec(self.codec).record_bound
+        column_bytes = k.shape[0] * k.shape[1] * self._record_bound
         step = max(1, min(SLAB_COLUMNS, STAGING_BYTES // column_bytes))
         for column in range(0, most, step):
             counts = [min(max(n - column, 0), step) for n in blocks]
@@ -236,9 +239,6 @@ class PackedStore:
     @outside_autograd
     def _resize(self, capacity: int) -> None:
         """Give the exact buffers room for this many tokens; what is in use is copied."""
-        self._handle = None
-        if capacity == self.k.shape[2]:
-            return
         used = min(capacity, self.k.shape[2])
         for name in ("k", "v"):
             old = getattr(self, name)

@@ -26,6 +26,7 @@ from mixkvq.bench.rows import Log, Row, read
 from mixkvq.bench.samples import Sampler, repeated
 from mixkvq.bench.sheets import Sheet, context, number, spread
 from mixkvq.cli import main
+from mixkvq.cli.info import usable_cpus
 from mixkvq.eval.stats import Interval
 from mixkvq.store import PackedStore
 
@@ -267,6 +268,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.
         (["--presets", "compakt"], "--presets is 'compakt', must be of default, compact"),
         (["--precisions", ""], "--precisions is '', must be of exact, default"),
         (["--threads", "100000"], "--threads is '100000', must be at most"),
+        (["--threads", "2,1", "--cpu-time"], "must be 1 with --cpu-time" if usable_cpus() > 1 else "must be at most 1"),
         (["--heads", "0"], "--heads is 0, must be at least 1"),
     ],
 )

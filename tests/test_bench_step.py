@@ -118,11 +118,12 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     monkeypatch.setattr(step, "last_level_cache", lambda: 100_000)
     monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads: 4e10)
     args = ["--schemes", "compact,exact,exact-eager", "--head-dims", "16", "--groups", "2", "--tokens", "200,300"]
-    args += ["--slow-tokens", "200", "--threads", "1", "--heads", "2", "--seconds", "0.05", "--out", str(tmp_path)]
+    args += ["--slow-tokens", "200", "--cpu-time", "--heads", "2", "--seconds", "0.05", "--out", str(tmp_path)]
     assert main(["bench", "step", *args]) == 0
     shown = capfd.readouterr().out
     assert "One decode step, 2 layers" in shown and "Times faster than" in shown
-    _, rows = read(tmp_path / "step.jsonl")
+    machine, rows = read(tmp_path / "step.jsonl")
+    assert machine["clock"] == "cpu" and "Times are of the computing thread." in shown
     assert [(r.where["tokens"], r.system) for r in rows] == [
         *((200, name) for name in ("compact", "exact", "exact-eager", "empty history")),
         *((300, name) for name in ("compact", "exact", "empty history")),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("torch")
 
-from mixkvq.bench.turns import Case, preemptions, stride, take_turns
+from mixkvq.bench.turns import CLOCKS, Case, preemptions, stride, take_turns
 
 
 class Clock:
@@ -89,6 +90,15 @@ def test_without_warming_up_or_shuffling() -> None:
     cases = [clock.case(name, 100.0) for name in "abc"]
     taken = take_turns(cases, 0.0, rounds=3, fewest=1, warm_up=False, shuffle=False, clock=clock)
     assert clock.calls == list("abc") * 3 and all(len(found.seconds) == 3 for found in taken.values())
+
+
+def test_the_clock_of_a_thread_stands_still_while_it_sleeps() -> None:
+    taken = {
+        name: take_turns([Case("a", lambda: time.sleep(0.02))], 0.0, rounds=2, fewest=2, clock=clock)["a"].seconds
+        for name, clock in CLOCKS.items()
+    }
+    assert all(t is not None and t >= 0.02 for t in taken["wall"])
+    assert all(t is not None and t < 0.01 for t in taken["cpu"])
 
 
 def test_progress_counts_rounds() -> None:

@@ -22,11 +22,24 @@ static inline vf load8(const uint8_t *p, int dtype, int64_t stride)
     return vf_load(x);
 }
 
-static inline void load_row(float *out, const uint8_t *p, int dtype, int64_t stride, int n)
+static MKVQ_INLINE void load_row_as(float *out, const uint8_t *p, const int dtype,
+                                    const int64_t stride, int n)
 {
     const int64_t step = 8 * stride * mkvq_dtype_bytes(dtype);
     for (int c = 0; c < n; c += 8, p += step)
         vf_store(out + c, load8(p, dtype, stride));
+}
+
+static inline void load_row(float *out, const uint8_t *p, int dtype, int64_t stride, int n)
+{
+    if (stride == 1 && dtype == MKVQ_F32)
+        memcpy(out, p, (size_t)n * 4);
+    else if (stride == 1 && dtype == MKVQ_F16)
+        load_row_as(out, p, MKVQ_F16, 1, n);
+    else if (stride == 1)
+        load_row_as(out, p, MKVQ_BF16, 1, n);
+    else
+        load_row_as(out, p, dtype, stride, n);
 }
 
 /* Rounds n floats to dtype. */

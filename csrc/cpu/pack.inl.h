@@ -21,25 +21,39 @@ static inline int keeps_panels(const mkvq_codec *codec)
     return codec->head_dim * codec->block_length <= PANEL_FLOATS;
 }
 
+static MKVQ_INLINE int load_panel_as(const block_source *s, int channel, const float *mu,
+                                     float *panel, const int dtype, const int64_t stride)
+{
+    const mkvq_view *k = &s->args->k;
+    const int tokens = s->args->codec->block_length, size = mkvq_dtype_bytes(dtype);
+    const uint8_t *p = mkvq_at(k, s->row, s->head, s->token) + channel * stride * size;
+    vf lost[2] = {vf_set1(0.0f), vf_set1(0.0f)}; /* 0 * x is 0 or NaN */
+    for (int t = 0; t < tokens; t += 8) {
+        vf r[8];
+        MKVQ_UNROLL(8)
+        for (int i = 0; i < 8; i++, p += k->stride[2] * size) {
+            r[i] = load8(p, dtype, stride);
+            lost[i & 1] = vf_fma(r[i], vf_set1(0.0f), lost[i & 1]);
+        }
+        vf_transpose(r);
+        MKVQ_UNROLL(8)
+        for (int i = 0; i < 8; i++)
+            vf_store(panel + i * tokens + t, mu ? vf_sub(r[i], vf_set1(mu[channel + i])) : r[i]);
+    }
+    return vf_finite(vf_add(lost[0], lost[1]));
+}
+
 /* Eight channels from `channel` on, minus mu, to panel[8][T]; 0 if a value is not finite. */
 static int load_panel(const block_source *s, int channel, const float *mu, float *panel)
 {
     const mkvq_view *k = &s->args->k;
-    const int tokens = s->args->codec->block_length;
-    const int64_t step = channel * k->stride[3] * mkvq_dtype_bytes(k->dtype);
-    int finite = 1;
-    for (int t = 0; t < tokens; t += 8) {
-        vf r[8];
-        for (int i = 0; i < 8; i++) {
-            r[i] =
-                load8(mkvq_at(k, s->row, s->head, s->token + t + i) + step, k->dtype, k->stride[3]);
-            finite &= vf_finite(r[i]);
-        }
-        vf_transpose(r);
-        for (int i = 0; i < 8; i++)
-            vf_store(panel + i * tokens + t, mu ? vf_sub(r[i], vf_set1(mu[channel + i])) : r[i]);
-    }
-    return finite;
+    if (k->stride[3] != 1)
+        return load_panel_as(s, channel, mu, panel, k->dtype, k->stride[3]);
+    if (k->dtype == MKVQ_F32)
+        return load_panel_as(s, channel, mu, panel, MKVQ_F32, 1);
+    if (k->dtype == MKVQ_F16)
+        return load_panel_as(s, channel, mu, panel, MKVQ_F16, 1);
+    return load_panel_as(s, channel, mu, panel, MKVQ_BF16, 1);
 }
 
 /* Channel means, rounded to float16; 0 if one is not finite. */
@@ -277,10 +291,11 @@ static int pack_values(block_source *s, const mkvq_layout *l, uint8_t *record, f
             load_row(x[r], p, v->dtype, v->stride[3], dim);
             if (l->head.flags & MKVQ_FLAG_ROTATION)
                 hadamard(x[r], dim);
-            for (int c = 0; c < dim; c += 8) /* after the rotation, which may overflow and never
-                                                heals a value */
-                if (!vf_finite(vf_load(x[r] + c)))
-                    return 0;
+            vf lost = vf_set1(0.0f); /* 0 * x is 0 or NaN, also where the rotation overflowed */
+            for (int c = 0; c < dim; c += 8)
+                lost = vf_fma(vf_load(x[r] + c), vf_set1(0.0f), lost);
+            if (!vf_finite(lost))
+                return 0;
             if (!l->head.value_bits)
                 copy_row(record + l->values + (int64_t)(t + r) * dim * size, p, v->dtype,
                          v->stride[3], dim);

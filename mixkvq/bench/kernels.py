@@ -14,7 +14,7 @@ from .machine import last_level_cache
 from .rows import Log, Row
 from .samples import Sampler
 from .systems import Data, System, errors, packed_systems, plain_systems
-from .turns import FEWEST, ROUNDS, take_turns
+from .turns import CLOCKS, FEWEST, ROUNDS, take_turns
 
 BENCH = "kernels"
 MEMORY = 6 << 30
@@ -40,6 +40,8 @@ class Grid:
     """For timing each combination; more where the slowest case needs it for ``fewest`` turns."""
     rounds: int = ROUNDS
     fewest: int = FEWEST
+    clock: str = "wall"
+    """One of `turns.CLOCKS`."""
     heads: int = HEADS
     """KV heads."""
 
@@ -104,6 +106,7 @@ def _length(grid: Grid, sampler: Sampler, data: dict[str, Data], tokens: int, lo
                 grid.seconds,
                 rounds=grid.rounds,
                 fewest=grid.fewest,
+                clock=CLOCKS[grid.clock],
                 passed=passed,
             )
             done += grid.rounds

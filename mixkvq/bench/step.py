@@ -15,7 +15,7 @@ from ..eval.stream import Emit
 from .machine import Evictor, last_level_cache
 from .rows import Log, Row
 from .tiny import fill, states_of, tiny_llama
-from .turns import FEWEST, ROUNDS, Case, take_turns
+from .turns import CLOCKS, FEWEST, ROUNDS, Case, take_turns
 
 BENCH = "step"
 EAGER = "exact-eager"
@@ -45,6 +45,8 @@ class Grid:
     seconds: float = 2.0
     rounds: int = ROUNDS
     fewest: int = FEWEST
+    clock: str = "wall"
+    """One of `turns.CLOCKS`."""
 
     @property
     def cells(self) -> int:
@@ -151,6 +153,7 @@ def _rows(
         grid.seconds,
         rounds=grid.rounds,
         fewest=grid.fewest,
+        clock=CLOCKS[grid.clock],
         passed=lambda rounds: emit("chunk", (done + rounds, grid.cells * grid.rounds)),
     )
     for decoder in decoders:

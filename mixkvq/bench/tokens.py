@@ -16,7 +16,7 @@ from ..eval.stream import Emit
 from ..eval.texts import windows
 from .decoder import Decoder
 from .rows import Log, Row
-from .turns import Case, Taken, Times, take_turns
+from .turns import CLOCKS, Case, Taken, Times, take_turns
 
 BENCH = "tokens"
 DOMAIN = "prose"
@@ -48,6 +48,8 @@ class Plan:
     seconds: float = 60.0
     """A prompt is not read again when reading it took that long in all."""
     threads: int = 2
+    clock: str = "wall"
+    """One of `turns.CLOCKS`."""
 
     @property
     def parts(self) -> int:
@@ -123,10 +125,11 @@ def _prefill(
 
     cases = [reading(scheme) for scheme in plan.schemes]
     taken = {case.name: Taken([]) for case in cases}
-    begin = time.perf_counter()
+    begin, clock = time.perf_counter(), CLOCKS[plan.clock]
     for i in range(plan.repeats):
         if not i or time.perf_counter() - begin < plan.seconds:
-            found = take_turns(cases[:: -1 if i % 2 else 1], 0.0, rounds=1, fewest=1, warm_up=False, shuffle=False)
+            order = cases[:: -1 if i % 2 else 1]
+            found = take_turns(order, 0.0, rounds=1, fewest=1, warm_up=False, shuffle=False, clock=clock)
             for name, turn in found.items():
                 taken[name].seconds += turn.seconds
                 taken[name].preempted += turn.preempted
@@ -141,7 +144,7 @@ def _prefill(
 def _decode(plan: Plan, decoders: dict[str, Decoder], where: dict[str, Any], weights: int, log: Log) -> None:
     """Single steps, the same tokens for all caches."""
     cases = [Case(name, decoder.step, before=decoder.count) for name, decoder in decoders.items()]
-    taken = take_turns(cases, 0.0, rounds=plan.steps, fewest=plan.steps)
+    taken = take_turns(cases, 0.0, rounds=plan.steps, fewest=plan.steps, clock=CLOCKS[plan.clock])
     for scheme in plan.schemes:
         decoder = decoders[scheme.name]
         decoder.count()
@@ -154,11 +157,11 @@ def _flush(plan: Plan, name: str, decoder: Decoder, where: dict[str, Any], log: 
     """Steps of one cache until it has packed ``plan.flushes`` times, or the text ends."""
     decoder.blocks.clear()
     decoder.count()
-    times: Times = []
+    times, clock = Times(), CLOCKS[plan.clock]
     while len(decoder.flushed()) < plan.flushes and decoder.position < decoder.ids.shape[1]:
-        begin = time.perf_counter()
+        begin = clock()
         decoder.step()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
         decoder.count()
         if decoder.blocks[-1] > decoder.blocks[-2]:
             part()

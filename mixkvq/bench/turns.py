@@ -16,6 +16,10 @@ from typing import Any
 ROUNDS = 64
 FEWEST = 8
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+"""Seconds that pass, and seconds that the calling thread computes: all there is with one thread, however busy the
+machine."""
+
 Times = list[float | None]
 """Seconds of one case by round; None where it did not take part."""
 

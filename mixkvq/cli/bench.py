@@ -22,6 +22,12 @@ app = typer.Typer(
     "--out, where a run replaces the last one, with a figure beside them. See benchmarks/README.md for how to read.",
 )
 
+_Cpu = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-time", help="Time that the thread computes, not time that passes: for busy machines, 1 thread."
+    ),
+]
 _Out = Annotated[Path, typer.Option("--out", help="Folder for the JSON lines and the figure.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="Fewer and shorter cases: less than a minute.")]
 _Presets = Annotated[str, typer.Option("--presets", help=f"Of {', '.join(list_presets())}; separated by commas.")]
@@ -63,10 +69,16 @@ def _threads(text: str | None) -> tuple[int, ...]:
     return found
 
 
-def _machine(threads: tuple[int, ...]) -> dict[str, Any]:
+def _clock(cpu_time: bool, threads: tuple[int, ...]) -> str:
+    if cpu_time and threads != (1,):
+        raise UserError(f"--threads is {','.join(map(str, threads))}, must be 1 with --cpu-time")
+    return "cpu" if cpu_time else "wall"
+
+
+def _machine(threads: tuple[int, ...], clock: str) -> dict[str, Any]:
     from ..bench.machine import measure
 
-    return {**collect(), **measure(threads)}
+    return {**collect(), **measure(threads), "clock": clock}
 
 
 def _about(machine: dict[str, Any]) -> str:
@@ -88,11 +100,13 @@ def _print(to: Console, machine: dict[str, Any], rows: Sequence[Any], sheets: Se
     )
     for line in lines:
         to.print(line, style="dim", highlight=False, soft_wrap=True)
-    share = preempted / max(calls, 1)
+    share, cpu = preempted / max(calls, 1), machine["clock"] == "cpu"
+    bad = share > _QUIET and not cpu
     to.print(
         f"Timed calls that lost the processor to other programs: {100 * share:.1f} %."
-        + (" Long calls suffer more: ratios are too high; measure again on an idle machine." if share > _QUIET else ""),
-        style="bold red" if share > _QUIET else "dim",
+        + (" Times are of the computing thread." if cpu else "")
+        + (" Long calls suffer more: ratios are too high; wait for an idle machine, or use --cpu-time." if bad else ""),
+        style="bold red" if bad else "dim",
         highlight=False,
         soft_wrap=True,
     )
@@ -133,13 +147,13 @@ _REPORTS: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def _measure(
-    bench: str, out: Path, threads: tuple[int, ...], run: Callable[[Any, Any], None], *, markdown: bool
+    bench: str, out: Path, threads: tuple[int, ...], clock: str, run: Callable[[Any, Any], None], *, markdown: bool
 ) -> None:
     """Run a benchmark with a bar on the terminal, then print what it found."""
     from ..bench.rows import Log
 
     to = console()
-    machine = _machine(threads)
+    machine = _machine(threads, clock)
     log = Log(out / f"{bench}.jsonl", machine)
     display = Display(to, {"chunk": "taking turns"})
     try:
@@ -161,6 +175,7 @@ def kernels(
     threads: Annotated[str | None, typer.Option(help="Threads of torch's pool.", show_default="1,2")] = None,
     heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     seconds: Annotated[float | None, typer.Option(help="Of timing per combination.", show_default="2")] = None,
+    cpu_time: _Cpu = False,
     quick: _Quick = False,
     out: _Out = _DEFAULT_OUT,
     markdown: _Markdown = False,
@@ -170,7 +185,8 @@ def kernels(
     from ..bench.kernels import BENCH, Grid, run
 
     dims, sizes, lengths = ("128", "1,4", "256,4096") if quick else ("64,128", "1,4,8", "256,1024,4096,32768,131072")
-    count = _threads(threads or ("1" if quick else None))
+    count = _threads(threads or ("1" if quick or cpu_time else None))
+    clock = _clock(cpu_time, count)
     if heads < 1:
         raise UserError(f"--heads is {heads}, must be at least 1")
     grid = Grid(
@@ -181,9 +197,10 @@ def kernels(
         tokens=_numbers("--tokens", tokens or lengths),
         threads=count,
         heads=heads,
+        clock=clock,
         seconds=(1.0 if quick else 2.0) if seconds is None else seconds,
     )
-    _measure(BENCH, out, count, lambda log, emit: run(grid, log, emit), markdown=markdown)
+    _measure(BENCH, out, count, clock, lambda log, emit: run(grid, log, emit), markdown=markdown)
 
 
 @app.command("step")
@@ -206,6 +223,7 @@ def step(
     layers: Annotated[int, typer.Option(help="Of the model.")] = 2,
     heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     seconds: Annotated[float | None, typer.Option(help="Of timing per combination.", show_default="2")] = None,
+    cpu_time: _Cpu = False,
     quick: _Quick = False,
     out: _Out = _DEFAULT_OUT,
     markdown: _Markdown = False,
@@ -216,7 +234,8 @@ def step(
 
     quiet()
     dims, sizes, lengths = ("128", "4", "1024,4096") if quick else ("64,128", "1,4,8", "1024,4096,32768")
-    count = _threads(threads or ("1" if quick else None))
+    count = _threads(threads or ("1" if quick or cpu_time else None))
+    clock = _clock(cpu_time, count)
     for name, value in (("--layers", layers), ("--heads", heads)):
         if value < 1:
             raise UserError(f"{name} is {value}, must be at least 1")
@@ -230,9 +249,10 @@ def step(
         slow_tokens=slow_tokens,
         layers=layers,
         heads=heads,
+        clock=clock,
         seconds=(1.0 if quick else 2.0) if seconds is None else seconds,
     )
-    _measure(BENCH, out, count, lambda log, emit: run(grid, log, emit), markdown=markdown)
+    _measure(BENCH, out, count, clock, lambda log, emit: run(grid, log, emit), markdown=markdown)
 
 
 @app.command("tokens")
@@ -251,6 +271,7 @@ def tokens(
     flushes: Annotated[int | None, typer.Option(help="How many; 0: none.", show_default="8")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.", show_default="2, or all there are")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    cpu_time: _Cpu = False,
     quick: _Quick = False,
     out: _Out = _DEFAULT_OUT,
     markdown: _Markdown = False,
@@ -260,7 +281,8 @@ def tokens(
     from ..bench.tokens import BENCH, Plan, run
     from ..eval.models import load
 
-    count = _threads(str(threads or min(2, usable_cpus())))
+    count = _threads(str(threads or (1 if cpu_time else min(2, usable_cpus()))))
+    clock = _clock(cpu_time, count)
     lengths, few = ("64,1024", 2) if quick else ("64,256,1024,2048,4096,8192", 8)
     for name, value, low in (("--steps", steps, 1), ("--flush-tokens", flush_tokens, 1), ("--flushes", flushes, 0)):
         if value is not None and value < low:
@@ -274,9 +296,10 @@ def tokens(
         flushes=few if flushes is None else flushes,
         repeats=3 if quick else 5,
         threads=count[0],
+        clock=clock,
     )
     loaded, tokenizer = load(model, dtype, lambda text: to.print(text, style="dim", highlight=False))
-    _measure(BENCH, out, count, lambda log, emit: run(plan, loaded, tokenizer, log, emit), markdown=markdown)
+    _measure(BENCH, out, count, clock, lambda log, emit: run(plan, loaded, tokenizer, log, emit), markdown=markdown)
 
 
 @app.command("show")
