@@ -64,7 +64,7 @@ if [ ! -e "$here/venv.done" ]; then
     mkdir -p "$venv/bin" "$site"
     cat >"$venv/bin/python" <<END
 #!/bin/sh
-exec qemu-aarch64 -cpu max,sve=off,pauth-impdef=on -L "$root" -0 "\$0" "$root/usr/bin/$version" "\$@"
+QEMU_CPU=\${QEMU_CPU:-max,sve=off,pauth-impdef=on} exec qemu-aarch64 -L "$root" -0 "\$0" "$root/usr/bin/$version" "\$@"
 END
     chmod +x "$venv/bin/python"
     echo "home = $root/usr/bin" >"$venv/pyvenv.cfg"
@@ -85,6 +85,9 @@ MIXKVQ_TORCH=off MIXKVQ_CUDA=off MIXKVQ_WERROR=1 CC=aarch64-linux-gnu-gcc CFLAGS
     { cat "$here/build.log" >&2 && fail "the core does not build"; }
 "$venv/bin/python" -P -c 'from mixkvq import _core; print("levels:", _core.isas(), "in use:", _core.isa())
 assert all(dict(_core.isas()).values())' || fail "the core lacks a level"
+QEMU_CPU=cortex-a72 "$venv/bin/python" -P -c 'from mixkvq import _core
+assert _core.isa() == "neon" and not dict(_core.isas())["neon-dot"]' ||
+    fail "a CPU without dot product instructions must take neon"
 
 (($#)) || set -- "${tests[@]}" -k "not scalar or golden or isa" # scalar has its full tests without an emulator
 MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.1} OMP_NUM_THREADS=1 \
