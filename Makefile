@@ -3,6 +3,8 @@
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
 #   make accuracy what the presets promise, measured on that model (minutes)
+#   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
+#   make simde    the core's tests for the AVX-512 kernels on a CPU without AVX-512
 #   make instructions   what decode and flush execute, counted by valgrind, against the recorded counts
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
@@ -21,7 +23,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp benchmarks/*.c)
 
-.PHONY: demo test slow accuracy instructions lint format clean FORCE
+.PHONY: demo test slow accuracy qemu simde instructions lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -36,6 +38,11 @@ slow: $(DONE)/package $(DONE)/model
 accuracy: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)
 
+qemu: $(DONE)/venv
+	PYTHON=$(BIN)/python tests/lanes/qemu.sh
+
+simde: $(DONE)/package
+	PYTHON=$(BIN)/python tests/lanes/simde.sh
 # needs valgrind and objdump; RECORD=--record makes the counts of this build the recorded ones
 instructions: $(DONE)/package
 	$(BIN)/python benchmarks/spills.py $(RECORD)

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import break_kernels
+import numpy as np
 import pytest
 
 import mixkvq
-from mixkvq import _core
+from mixkvq import _core, arrays
+from mixkvq.config import MixKVQConfig
 
 SUPPORTED = [name for name, supported in _core.isas() if supported]
 
@@ -40,3 +42,30 @@ def test_levels_are_different_code():
     assert set(tables) == {name for name, _ in _core.isas()}
     kernels = [address for table in tables.values() for address in table]
     assert len(set(kernels)) == len(kernels)
+
+
+@pytest.mark.parametrize("preset", ["paper", "compact", "default", "near-lossless", "kivi-2", "kivi-4"])
+def test_levels_agree_to_the_last_bit(preset):
+    """Records of all levels; attention of those that fuse multiply and add, which all but scalar do."""
+    rng = np.random.default_rng(7)
+    k, v = rng.standard_normal((2, 1, 1, 200, 96), np.float32) * 3
+    queries = [rng.standard_normal((1, rows, 1, 96), np.float32) for rows in range(1, 9)]
+    codec = MixKVQConfig.preset(preset, sink_length=0).codec(96, "float32")
+    records, outputs = {}, {}
+    try:
+        for name in SUPPORTED:
+            _core.set_isa(name)
+            packed = arrays.pack(codec, k, v)
+            records[name] = packed.records, None if packed.mu is None else packed.mu.tobytes()
+            outputs[name] = [
+                arrays.attend(q, packed.records, k[:, :, 128:], v[:, :, 128:], [72], mu=packed.mu, precision=precision)
+                for q in queries
+                for precision in ("default", "exact", "fast")
+            ]
+    finally:
+        _core.set_isa(None)
+    fused = [name for name in SUPPORTED if name != "scalar"]
+    for name in fused:
+        assert records[name] == records["scalar"]
+        for i, (got, want) in enumerate(zip(outputs[name], outputs[fused[0]], strict=True)):
+            assert got.tobytes() == want.tobytes(), (name, i)

@@ -3,6 +3,7 @@
 # own wheel for that architecture. Everything lies in build/qemu; what is there is not fetched again.
 #
 #   PYTHON            has pip, any architecture (default: python3)
+#   JOBS              processes that run tests (default: one per CPU)
 #   MIXKVQ_EXAMPLES   share of the hypothesis examples that are run (default: 0.1; qemu is about 20 times slower)
 #   arguments         for pytest, in place of the files below
 set -euo pipefail
@@ -63,13 +64,13 @@ if [ ! -e "$here/venv.done" ]; then
     mkdir -p "$venv/bin" "$site"
     cat >"$venv/bin/python" <<END
 #!/bin/sh
-exec qemu-aarch64 -cpu max,sve=off,pauth-impdef=on -L "$root" -0 "\$0" "$root/usr/bin/$version" "\$@"
+QEMU_CPU=\${QEMU_CPU:-max,sve=off,pauth-impdef=on} exec qemu-aarch64 -L "$root" -0 "\$0" "$root/usr/bin/$version" "\$@"
 END
     chmod +x "$venv/bin/python"
     echo "home = $root/usr/bin" >"$venv/pyvenv.cfg"
     "$python" -m pip --disable-pip-version-check install -qq --no-warn-conflicts --upgrade --target "$site" \
         --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 --python-version "${version#python}" \
-        --only-binary :all: 'numpy>=2.0' 'setuptools>=77' typing_extensions 'pytest>=8' hypothesis ||
+        --only-binary :all: 'numpy>=2.0' 'setuptools>=77' typing_extensions 'pytest>=8' pytest-xdist hypothesis ||
         fail "pip found no wheels for aarch64 and $version"
     touch "$here/venv.done"
 fi
@@ -79,11 +80,16 @@ fi
 # ---- the product, built by its own setup.py, which sees an ARM machine ------------------------------------------------
 rm -rf "$site/mixkvq"
 MIXKVQ_TORCH=off MIXKVQ_CUDA=off MIXKVQ_WERROR=1 CC=aarch64-linux-gnu-gcc CFLAGS="-I$root/usr/include" \
-    "$venv/bin/python" setup.py -q build --build-lib "$site" --build-temp "$here/objects" >"$here/build.log" 2>&1 ||
+    "$venv/bin/python" setup.py -q build_py --build-lib "$site" \
+    build_ext --build-lib "$site" --build-temp "$here/objects" >"$here/build.log" 2>&1 ||
     { cat "$here/build.log" >&2 && fail "the core does not build"; }
 "$venv/bin/python" -P -c 'from mixkvq import _core; print("levels:", _core.isas(), "in use:", _core.isa())
 assert all(dict(_core.isas()).values())' || fail "the core lacks a level"
+QEMU_CPU=cortex-a72 "$venv/bin/python" -P -c 'from mixkvq import _core
+assert _core.isa() == "neon" and not dict(_core.isas())["neon-dot"]' ||
+    fail "a CPU without dot product instructions must take neon"
 
 (($#)) || set -- "${tests[@]}" -k "not scalar or golden or isa" # scalar has its full tests without an emulator
-MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.1} OMP_NUM_THREADS=1 "$venv/bin/python" -P -m pytest -q -p no:cacheprovider "$@" ||
+MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.1} OMP_NUM_THREADS=1 \
+    "$venv/bin/python" -P -m pytest -q -p no:cacheprovider -n "${JOBS:-$(nproc)}" "$@" ||
     fail "tests fail on aarch64"
