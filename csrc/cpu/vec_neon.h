@@ -325,6 +325,7 @@ static inline vd vd_add_power(vd sum, vf x, int power)
 /* One register: sums of products are kept as two, and 32 have to hold those of eight rows. */
 #define MKVQ_LANES 4
 #define MKVQ_PAIR_ROWS 5
+#define MKVQ_PAIR_ROWS_3 4 /* with third bits */
 
 typedef float32x4_t wf;
 typedef uint32x4_t wi;
