@@ -116,7 +116,7 @@ def test_bars_take_the_faster_dynamic_cache() -> None:
 # ---- the command ---------------------------------------------------------------------------------------------------
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(step, "last_level_cache", lambda: 100_000)
-    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads: 4e10)
+    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads, clock: 4e10)
     args = ["--schemes", "compact,exact,exact-eager", "--head-dims", "16", "--groups", "2", "--tokens", "200,300"]
     args += ["--slow-tokens", "200", "--cpu-time", "--heads", "2", "--seconds", "0.05", "--out", str(tmp_path)]
     assert main(["bench", "step", *args]) == 0
