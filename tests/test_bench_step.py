@@ -63,6 +63,7 @@ def test_a_model_is_the_same_every_time_and_draws_nothing() -> None:
     one, two = tiny_llama(8, 1, 2, 1, "sdpa"), tiny_llama(8, 1, 2, 1, "eager")
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert tiny_llama(8, 3, 3, 1, "sdpa").config.hidden_size == 135
 
 
 def test_an_evictor_reads_five_caches() -> None:
