@@ -78,9 +78,11 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.queries = QueryStatistics(self.mixkvq_config.salience)
         self.length = 0
         self.waiting = False  # handed tensors out that the hook has not seen coming back
+        self._unsettled = True  # plain tensors may be views of larger ones, or statistics are not accounted for
         self._k: torch.Tensor | None = None
         self._v: torch.Tensor | None = None
-        self._start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a mask
+        self._start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a call
+        self._unpadded = False  # whether a call without a mask was seen: every row begins at column 0
         self._account()
 
     # ---- what transformers asks ------------------------------------------------------------------------------------
@@ -178,9 +180,15 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 t.view_as(t) if t.requires_grad else t.detach() if soon else t.detach().clone() for t in (key, value)
             )
             self._account()
+            self._unsettled = True
             return key, value
         self._k, self._v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)
-        self._account()
+        if self._unsettled:
+            self._account()
+        else:
+            new = self._bytes + key.nbytes + value.nbytes
+            self.ledger.change(self._bytes, new)
+            self._bytes = new
         return self._k.view_as(self._k), self._v.view_as(self._v)
 
     @property
@@ -261,13 +269,15 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         keys = self.states[KEYS]
         first = None
-        if self.store is None:
+        if self.store is None and not self._unpadded:
+            self._unpadded = mask is None
             start = first_columns(mask, keys.shape[0], self.length)
             self._start = start if self._start is None else torch.minimum(self._start, start)
             past = self.length - query.shape[2]
             if int(self._start.max()) > past:
                 first = (self._start - past).clamp(0, query.shape[2])
         if query.shape[0] == keys.shape[0] and query.shape[1] % keys.shape[1] == 0 and query.shape[3] == keys.shape[3]:
+            self._unsettled |= self.queries.sum is None
             self.queries.add(query, keys.shape[1], first)
 
     def pack(self) -> None:
@@ -277,10 +287,11 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 self._account()
         elif self.mode in (PACKED, DEQUANTIZED) and self.ready():
             self._begin()
-        elif self._k is not None and self._v is not None and not self._k.requires_grad:
+        elif self._unsettled and self._k is not None and self._v is not None and not self._k.requires_grad:
             self._k, self._v = own(self._k), own(self._v)  # views of a fused projection would keep all of it
             self._account()
-        if self.mode == PLAIN and not self.reason.endswith("real token"):
+            self._unsettled = False
+        if self.mode == PLAIN and not self.reason.startswith("nothing packed yet"):
             need = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length
             self.reason = f"nothing packed yet: begins at {need} tokens"
 
