@@ -1,8 +1,8 @@
 """Whether the innermost loops of the hot kernels keep their sums in registers.
 
 ``python benchmarks/spills.py`` disassembles the AVX2 kernels that the last build left in ``build/objects`` and prints,
-for every loop without a loop inside it that multiplies and adds in the functions named ``dot*`` and ``search_octet``:
-its instructions and how many of them read or write vectors on the stack, where compilers put what does not fit into
+for the loops without a loop inside them that multiply and add in the functions named ``dot*`` and ``search_octet``:
+their instructions and how many of them read or write vectors on the stack, where compilers put what does not fit into
 sixteen registers. A function with more of them in a loop than ``baseline.json`` records for the compiler is a failure;
 ``--record`` records them. (Sums on the stack cost about a factor of two; a mask or a word there costs little.)
 """
@@ -65,14 +65,16 @@ def stack_accesses(loop: list[Instruction], body: list[Instruction]) -> list[str
 
 
 def count(body: list[Instruction], name: str) -> int:
-    """Print a row per loop that multiplies; the most stack accesses of one, or -1 if there is none."""
-    most = -1
-    for loop in innermost(body):
-        if any(MULTIPLIES.match(x.text) for x in loop):
-            touched = len(stack_accesses(loop, body))
-            most = max(most, touched)
-            print(f"| `{name}` | {loop[0].address - body[0].address:#x} | {len(loop)} | {touched} |")
-    return most
+    """Print a row of the loops that multiply, and one per loop that spills; the most stack accesses, or -1: no loop."""
+    loops = [loop for loop in innermost(body) if any(MULTIPLIES.match(x.text) for x in loop)]
+    touched = [len(stack_accesses(loop, body)) for loop in loops]
+    if loops:
+        sizes = f"{min(map(len, loops))} ... {max(map(len, loops))}"
+        print(f"| `{name}` | {len(loops)} loops | {sizes} | {max(touched)} |")
+    for loop, n in zip(loops, touched, strict=True):
+        if n:
+            print(f"| | at {loop[0].address - body[0].address:#x} | {len(loop)} | {n} |")
+    return max(touched, default=-1)
 
 
 def main() -> int:
@@ -87,7 +89,7 @@ def main() -> int:
         sys.exit(f"{OBJECT} is missing: build the package here first")
     command = ["objdump", "-d", "--no-show-raw-insn", str(OBJECT)]
     listing = functions(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print("| function | loop at | instructions | stack accesses |\n|---|---:|---:|---:|")
+    print("| function | loops | instructions | stack accesses |\n|---|---:|---:|---:|")
     found = {name: count(body, name) for name, body in sorted(listing.items()) if HOT.fullmatch(name)}
     counts = {name: n for name, n in found.items() if n >= 0}
     if not counts:

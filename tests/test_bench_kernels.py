@@ -231,7 +231,7 @@ def tiny(**fields: Any) -> kernels.Grid:
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kernels, "last_level_cache", lambda: CACHE)
-    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads: 4e10)
+    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads, clock: 4e10)
     before = torch.get_num_threads()
     args = ["--presets", "compact,default", "--head-dims", "16", "--tokens", "300,1024", "--groups", "2"]
     args += ["--threads", "1", "--heads", "2", "--seconds", "0.05", "--out", str(tmp_path)]

@@ -63,6 +63,7 @@ def test_a_model_is_the_same_every_time_and_draws_nothing() -> None:
     one, two = tiny_llama(8, 1, 2, 1, "sdpa"), tiny_llama(8, 1, 2, 1, "eager")
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert tiny_llama(8, 3, 3, 1, "sdpa").config.hidden_size == 135
 
 
 def test_an_evictor_reads_five_caches() -> None:
@@ -116,7 +117,7 @@ def test_bars_take_the_faster_dynamic_cache() -> None:
 # ---- the command ---------------------------------------------------------------------------------------------------
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(step, "last_level_cache", lambda: 100_000)
-    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads: 4e10)
+    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads, clock: 4e10)
     args = ["--schemes", "compact,exact,exact-eager", "--head-dims", "16", "--groups", "2", "--tokens", "200,300"]
     args += ["--slow-tokens", "200", "--cpu-time", "--heads", "2", "--seconds", "0.05", "--out", str(tmp_path)]
     assert main(["bench", "step", *args]) == 0

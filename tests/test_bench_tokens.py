@@ -86,7 +86,7 @@ def test_bars() -> None:
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads: 4e10)
+    monkeypatch.setattr("mixkvq.bench.machine.read_rate", lambda threads, clock: 4e10)
     model = str(save_byte_model(tmp_path / "model"))
     args = ["--model", model, "--tokens", "64,256", "--steps", "8", "--flush-tokens", "256", "--flushes", "2"]
     assert main(["bench", "tokens", *args, "--threads", "1", "--out", str(tmp_path)]) == 0

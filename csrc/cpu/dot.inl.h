@@ -224,7 +224,7 @@ static MKVQ_INLINE void dotf_vectors(const dot_columns *d, const dot_operands *o
 #define DOT_RUN(vectors, kind, rows) \
     { \
         int at = 0; \
-        if (rows <= MKVQ_PAIR_ROWS) \
+        if (rows <= (kind == DOT_3 ? MKVQ_PAIR_ROWS_3 : MKVQ_PAIR_ROWS)) \
             for (; at + MKVQ_LANES < n; at += 2 * MKVQ_LANES) { \
                 const int left = n - at - MKVQ_LANES; \
                 vectors(d, o, out, out_step, factor, bias, at, \

@@ -289,16 +289,30 @@ static inline vf vf_butterfly(vf x, int stride)
                          : _mm256_blend_ps(sum, difference, 0xf0);
 }
 
-static inline void vd_accumulate(double *sum, vf x, int power)
+/* eight doubles */
+typedef struct {
+    __m256d lo, hi;
+} vd;
+
+static inline vd vd_load(const double *p)
 {
-    const __m256d half[2] = {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
-                             _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
-    for (int i = 0; i < 2; i++) {
-        const __m256d a = half[i];
-        const __m256d term =
-            power == 2 ? _mm256_mul_pd(a, a) : _mm256_andnot_pd(_mm256_set1_pd(-0.0), a);
-        _mm256_storeu_pd(sum + 4 * i, _mm256_add_pd(_mm256_loadu_pd(sum + 4 * i), term));
-    }
+    return (vd){_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)};
+}
+
+static inline void vd_store(double *p, vd x)
+{
+    _mm256_storeu_pd(p, x.lo), _mm256_storeu_pd(p + 4, x.hi);
+}
+
+/* The square of a float is exact in double: fused or not, the sum is rounded once. */
+static inline vd vd_add_power(vd sum, vf x, int power)
+{
+    const __m256d lo = _mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+                  hi = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)), sign = _mm256_set1_pd(-0.0);
+    if (power == 2)
+        return (vd){_mm256_fmadd_pd(lo, lo, sum.lo), _mm256_fmadd_pd(hi, hi, sum.hi)};
+    return (vd){_mm256_add_pd(sum.lo, _mm256_andnot_pd(sign, lo)),
+                _mm256_add_pd(sum.hi, _mm256_andnot_pd(sign, hi))};
 }
 
 #ifndef MKVQ_LANES

@@ -14,6 +14,7 @@
 
 #define MKVQ_LANES 16
 #define MKVQ_PAIR_ROWS 8
+#define MKVQ_PAIR_ROWS_3 8 /* with third bits */
 #include "vec_avx2.h"
 
 typedef __m512 wf;

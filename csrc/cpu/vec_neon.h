@@ -293,21 +293,39 @@ static inline vf vf_butterfly(vf x, int stride)
     return (vf){vbslq_f32(mask, difference.lo, sum.lo), vbslq_f32(mask, difference.hi, sum.hi)};
 }
 
+/* eight doubles */
+typedef struct {
+    float64x2_t part[4];
+} vd;
+
+static inline vd vd_load(const double *p)
+{
+    return (vd){{vld1q_f64(p), vld1q_f64(p + 2), vld1q_f64(p + 4), vld1q_f64(p + 6)}};
+}
+
+static inline void vd_store(double *p, vd x)
+{
+    for (int i = 0; i < 4; i++)
+        vst1q_f64(p + 2 * i, x.part[i]);
+}
+
 /* the square of a float is exact in double: fused or not, the sum is rounded once */
-static inline void vd_accumulate(double *sum, vf x, int power)
+static inline vd vd_add_power(vd sum, vf x, int power)
 {
     const float64x2_t part[4] = {vcvt_f64_f32(vget_low_f32(x.lo)), vcvt_high_f64_f32(x.lo),
                                  vcvt_f64_f32(vget_low_f32(x.hi)), vcvt_high_f64_f32(x.hi)};
     for (int i = 0; i < 4; i++) {
-        const float64x2_t s = vld1q_f64(sum + 2 * i), a = part[i];
-        vst1q_f64(sum + 2 * i, power == 2 ? vfmaq_f64(s, a, a) : vaddq_f64(s, vabsq_f64(a)));
+        const float64x2_t s = sum.part[i], a = part[i];
+        sum.part[i] = power == 2 ? vfmaq_f64(s, a, a) : vaddq_f64(s, vabsq_f64(a));
     }
+    return sum;
 }
 
 /* ---- the wide vocabulary: see vec_wide8.h ---------------------------------------------------- */
 /* One register: sums of products are kept as two, and 32 have to hold those of eight rows. */
 #define MKVQ_LANES 4
 #define MKVQ_PAIR_ROWS 5
+#define MKVQ_PAIR_ROWS_3 4 /* with third bits */
 
 typedef float32x4_t wf;
 typedef uint32x4_t wi;

@@ -325,14 +325,32 @@ static inline vf vf_butterfly(vf x, int stride)
     return r;
 }
 
-/* sum[0..8) += |x|^power in double, the square exact */
-static inline void vd_accumulate(double *sum, vf x, int power)
+/* eight doubles */
+typedef struct {
+    double lane[8];
+} vd;
+
+static inline vd vd_load(const double *p)
+{
+    vd r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+
+static inline void vd_store(double *p, vd x)
+{
+    memcpy(p, &x, sizeof x);
+}
+
+/* sum + |x|^power, the square exact */
+static inline vd vd_add_power(vd sum, vf x, int power)
 {
     LANES(i)
     {
         const double a = x.lane[i];
-        sum[i] += power == 2 ? a * a : fabs(a);
+        sum.lane[i] += power == 2 ? a * a : fabs(a);
     }
+    return sum;
 }
 
 #include "vec_wide8.h"

@@ -10,6 +10,7 @@
 #define MKVQ_LANES 8
 /* Up to this many query rows two vectors of codes share an operand: as the registers allow. */
 #define MKVQ_PAIR_ROWS 4
+#define MKVQ_PAIR_ROWS_3 3 /* with third bits */
 
 typedef vf wf;
 typedef vi wi;

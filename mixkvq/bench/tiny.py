@@ -10,7 +10,7 @@ from torch import Tensor
 from ..hook import wrap
 from .samples import Sampler, repeated
 
-_SAMPLE = 2048
+_SAMPLE, _HIDDEN = 2048, 128
 
 
 def tiny_llama(head_dim: int, group: int, heads: int, layers: int, attention: str) -> Any:
@@ -26,7 +26,7 @@ def tiny_llama(head_dim: int, group: int, heads: int, layers: int, attention: st
 
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=128,
+        hidden_size=-(-_HIDDEN // (heads * group)) * heads * group,  # transformers wants a multiple of the heads
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=heads * group,

@@ -78,7 +78,7 @@ def _clock(cpu_time: bool, threads: tuple[int, ...]) -> str:
 def _machine(threads: tuple[int, ...], clock: str) -> dict[str, Any]:
     from ..bench.machine import measure
 
-    return {**collect(), **measure(threads), "clock": clock}
+    return {**collect(), **measure(threads, clock)}
 
 
 def _about(machine: dict[str, Any]) -> str:
