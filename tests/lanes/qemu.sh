@@ -91,5 +91,5 @@ assert _core.isa() == "neon" and not dict(_core.isas())["neon-dot"]' ||
 
 (($#)) || set -- "${tests[@]}" -k "not scalar or golden or isa" # scalar has its full tests without an emulator
 MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.1} OMP_NUM_THREADS=1 \
-    "$venv/bin/python" -P -m pytest -q -p no:cacheprovider -n "${JOBS:-$(nproc)}" "$@" ||
+    "$venv/bin/python" -P -m pytest -q -rs -p no:cacheprovider -n "${JOBS:-$(nproc)}" "$@" ||
     fail "tests fail on aarch64"

@@ -34,4 +34,4 @@ export PYTHONPATH=$here/lib MIXKVQ_ISA=avx512-simde OMP_NUM_THREADS=1
 "$python" -P -c 'from mixkvq import _core; print("levels:", _core.isas(), "in use:", _core.isa())' ||
     fail "the core does not load (MIXKVQ_ISA=$MIXKVQ_ISA)"
 (($#)) || set -- "${tests[@]}" -k "not scalar and not avx2" # these two have their tests elsewhere
-"$python" -P -m pytest -q -p no:cacheprovider -n "${JOBS:-$(nproc)}" "$@" || fail "tests fail with AVX-512 over SIMDe"
+"$python" -P -m pytest -q -rs -p no:cacheprovider -n "${JOBS:-$(nproc)}" "$@" || fail "tests fail with AVX-512 over SIMDe"
