@@ -74,7 +74,7 @@ def test_an_evictor_reads_five_caches() -> None:
 
 # ---- ratios --------------------------------------------------------------------------------------------------------
 def row(system: str, seconds: list[float | None], kind: str = "packed", **where: int) -> Row:
-    place = {"head_dim": 128, "tokens": 4096, "group": 4, "threads": 1, **where}
+    place = {"head_dim": 128, "tokens": 4096, "group": 4, "threads": 1, "part": "step", **where}
     return Row("step", place, system, seconds, {"kind": kind, "nbytes": 1000, "layers": 2})
 
 
@@ -112,6 +112,25 @@ def test_bars_take_the_faster_dynamic_cache() -> None:
         ["compact", "hqq-2", "less empty history", "32.0", "10.0", "25.0", "meets target"],
     ]
     assert step_tables.bars([row("compact", [1.0], tokens=1024)]).rows == []
+    for each in rows:
+        each.where["part"] = step.ATTENTION
+    assert [line[2:4] for line in step_tables.bars(rows).rows] == [
+        [step.ATTENTION, "4.67 [4.67, 4.67]"],
+        [step.ATTENTION, "11.3 [11.3, 11.3]"],
+    ]
+
+
+def test_a_replay_is_the_attention_of_a_step() -> None:
+    """Its output is that of attention over the history and the new token, for any cache."""
+    model, states = tiny_llama(16, 2, 2, 2, "sdpa"), states_of(16, 2, 2, 300)
+    replay, outputs = step.Replay(model, states), {}
+    for name in ("exact", "lossless"):
+        cache = DynamicCache(config=model.config) if name == "exact" else MixKVQCache(name, config=model.config)
+        fill(cache, model, states)
+        outputs[name] = replay(cache)
+        assert cache.get_seq_length() == 301
+    assert outputs["exact"].shape == (1, 1, 4, 16)
+    assert torch.allclose(outputs["exact"], outputs["lossless"], atol=1e-5)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -125,11 +144,13 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     assert "One decode step, 2 layers" in shown and "Times faster than" in shown
     machine, rows = read(tmp_path / "step.jsonl")
     assert machine["clock"] == "cpu" and "Times are of the computing thread." in shown
-    assert [(r.where["tokens"], r.system) for r in rows] == [
-        *((200, name) for name in ("compact", "exact", "exact-eager", "empty history")),
-        *((300, name) for name in ("compact", "exact", "empty history")),
+    assert [(r.where["tokens"], r.where["part"], r.system) for r in rows] == [
+        (tokens, part, name)
+        for tokens, names in ((200, ("compact", "exact", "exact-eager")), (300, ("compact", "exact")))
+        for part in step.PARTS
+        for name in (*names, "empty history")
     ]
-    by_name = {(r.where["tokens"], r.system): r for r in rows}
+    by_name = {(r.where["tokens"], r.system): r for r in rows if r.where["part"] == step.STEP}
     assert by_name[300, "exact"].facts["nbytes"] == 2 * 2 * 2 * 300 * 16 * 4
     assert by_name[300, "compact"].facts["nbytes"] < by_name[300, "exact"].facts["nbytes"]
     assert by_name[300, "compact"].facts["paths"] == ["packed"]

@@ -9,6 +9,7 @@ from typing import Any
 from .bars import fastest
 from .rows import Row, cells
 from .sheets import context
+from .step import STEP
 
 _COLORS = ("#0f766e", "#2dd4bf", "#b45309", "#f59e0b", "#6d28d9", "#a78bfa", "#475569", "#94a3b8")
 Lines = dict[str, list[tuple[int, float]]]
@@ -82,6 +83,7 @@ def kernels(path: Path, rows: Sequence[Row], machine: str) -> None:
 
 def step(path: Path, rows: Sequence[Row], machine: str) -> None:
     """A whole decode step."""
+    rows = [row for row in rows if row.where["part"] == STEP]
     _panels(path, rows, lambda found: {row.system: row for row in found}, "One decode step", machine, "per step")
 
 

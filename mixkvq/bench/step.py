@@ -14,7 +14,7 @@ from ..eval.schemes import Scheme, parse_scheme
 from ..eval.stream import Emit
 from .machine import Evictor, last_level_cache
 from .rows import Log, Row
-from .tiny import fill, states_of, tiny_llama
+from .tiny import Replay, fill, states_of, tiny_llama
 from .turns import CLOCKS, FEWEST, ROUNDS, Case, take_turns
 
 BENCH = "step"
@@ -23,6 +23,10 @@ EAGER = "exact-eager"
 
 EMPTY = "empty history"
 """`DynamicCache` that begins with one token: what the rest of the model costs."""
+
+STEP, ATTENTION = "step", "update + attention"
+PARTS = STEP, ATTENTION
+"""What is timed: a forward pass; or of it only what touches the cache, layer by layer."""
 
 SCHEMES = ("compact", "default", "exact", EAGER, "hqq-2", "quanto-2")
 _OPTIONAL = ("hqq", "quanto")
@@ -99,6 +103,11 @@ class _Decoder:
     model: Any
     cache: Any
     facts: dict[str, Any]
+    replay: Replay
+
+    def attention(self) -> torch.Tensor:
+        """What the cache does in a step: one more token for every layer, and attention, [1, 1, Q, D] of the last."""
+        return self.replay(self.cache)
 
     def step(self) -> torch.Tensor:
         """Logits [1, 1, vocabulary] of one more token."""
@@ -110,6 +119,7 @@ class _Decoder:
 def _decoders(grid: Grid, head_dim: int, group: int, tokens: int, states: Any) -> Iterator[_Decoder]:
     shape = head_dim, group, grid.heads, grid.layers
     model = tiny_llama(*shape, "sdpa")
+    replay = Replay(model, states)
     for scheme in grid.schemes_at(tokens):
         own = tiny_llama(*shape, "eager") if scheme.name == EAGER else model
         cache = scheme.cache(own)
@@ -117,12 +127,12 @@ def _decoders(grid: Grid, head_dim: int, group: int, tokens: int, states: Any) -
         facts: dict[str, Any] = {"kind": scheme.kind, "nbytes": cache_nbytes(cache)}
         if scheme.kind == "packed":
             facts["paths"] = sorted({layer.path for layer in cache.report().layers})
-        yield _Decoder(scheme.name, own, cache, facts)
+        yield _Decoder(scheme.name, own, cache, facts, replay if own is model else Replay(own, states))
     from transformers import DynamicCache
 
     empty = DynamicCache(config=model.config)
     fill(empty, model, [(k[:, :, :1], v[:, :, :1]) for k, v in states])
-    yield _Decoder(EMPTY, model, empty, {"kind": "empty", "nbytes": 0})
+    yield _Decoder(EMPTY, model, empty, {"kind": "empty", "nbytes": 0}, replay)
 
 
 def run(grid: Grid, log: Log, emit: Emit) -> None:
@@ -137,9 +147,10 @@ def run(grid: Grid, log: Log, emit: Emit) -> None:
                     for threads in grid.threads:
                         torch.set_num_threads(threads)
                         where = {"head_dim": head_dim, "tokens": tokens, "group": group, "threads": threads}
-                        for row in _rows(grid, decoders, where, evict, emit, done):
-                            log.add(row)
-                        done += grid.rounds
+                        for part in PARTS:
+                            for row in _rows(grid, decoders, {**where, "part": part}, evict, emit, done):
+                                log.add(row)
+                            done += grid.rounds
     finally:
         torch.set_num_threads(before)
 
@@ -148,13 +159,14 @@ def _rows(
     grid: Grid, decoders: Sequence[_Decoder], where: dict[str, Any], evict: Evictor, emit: Emit, done: int
 ) -> Iterator[Row]:
     """All caches at one place."""
+    whole = where["part"] == STEP
     taken = take_turns(
-        [Case(decoder.name, decoder.step, before=evict) for decoder in decoders],
+        [Case(d.name, d.step if whole else d.attention, before=evict) for d in decoders],
         grid.seconds,
         rounds=grid.rounds,
         fewest=grid.fewest,
         clock=CLOCKS[grid.clock],
-        passed=lambda rounds: emit("chunk", (done + rounds, grid.cells * grid.rounds)),
+        passed=lambda rounds: emit("chunk", (done + rounds, grid.cells * len(PARTS) * grid.rounds)),
     )
     for decoder in decoders:
         found = taken[decoder.name]

@@ -8,15 +8,16 @@ from typing import Any
 from .bars import SHARE, STEP, STEP_GROUP, STEP_TOKENS, WHERE, Bar
 from .rows import Row, cells, times_faster, times_faster_beyond
 from .sheets import Sheet, context, number, spread
-from .step import EAGER, EMPTY
+from .step import ATTENTION, EAGER, EMPTY
+from .step import STEP as WHOLE
 
-_PLACE = ("head_dim", "group", "threads")
+_PLACE = ("part", "head_dim", "group", "threads")
 
 
 def all_rows(rows: Sequence[Row], machine: dict[str, Any]) -> Sheet:
     """One line per row."""
     head = (*_PLACE, "tokens", "cache", "median us", "best us", "turns", "less empty history, us", "cache MB", "GB/s")
-    sheet = Sheet(f"One decode step, {rows[0].facts['layers']} layers, out of cache", head, left=5)
+    sheet = Sheet(f"One decode step, {rows[0].facts['layers']} layers, out of cache", head, left=6)
     for cell in cells(rows):
         base = cell[EMPTY].median
         for row in cell.values():
@@ -42,7 +43,7 @@ def all_rows(rows: Sequence[Row], machine: dict[str, Any]) -> Sheet:
 def ratios(rows: Sequence[Row]) -> Sheet:
     """Every packed cache against every other."""
     head = (*_PLACE, "tokens", "cache", "versus", "step [95 %]", "less empty history [95 %]")
-    sheet = Sheet("Times faster than", head, left=6)
+    sheet = Sheet("Times faster than", head, left=7)
     for cell in cells(rows):
         packed = [row for row in cell.values() if row.facts["kind"] == "packed"]
         others = [row for row in cell.values() if row.facts["kind"] not in ("packed", "empty")]
@@ -60,17 +61,19 @@ def bars(rows: Sequence[Row]) -> Sheet:
     head = ("cache", "versus", "what", "times faster [95 %]", "by best", "floor", "target", "verdict")
     title = f"Floors and targets: head_dim 128, one thread, group {STEP_GROUP}, {context(STEP_TOKENS)} tokens"
     sheet = Sheet(title, head, left=3)
-    place = {**WHERE, "group": STEP_GROUP, "tokens": STEP_TOKENS}
-    for cell in cells(row for row in rows if row.where == place):
+    places = [{**WHERE, "group": STEP_GROUP, "tokens": STEP_TOKENS, "part": part} for part in (ATTENTION, WHOLE)]
+    for cell in cells(row for row in rows if row.where in places):
         for bar, preset in ((bar, preset) for bar in STEP for preset in SHARE if preset in cell):
             rival = _rival(bar, cell)
             if rival is not None:
                 row, share = cell[preset], SHARE[preset]
                 base = cell[EMPTY]
                 known = {
-                    "step": (times_faster(row, rival), rival.best / row.best),
+                    row.where["part"]: (times_faster(row, rival), rival.best / row.best),
                     "less empty history": (times_faster_beyond(row, rival, base), _best_beyond(row, rival, base)),
                 }
+                if row.where["part"] == ATTENTION:  # that is all of it
+                    del known["less empty history"]
                 for what, (ratio, best) in known.items():
                     limits = number(share * bar.floor), number(share * bar.target)
                     verdict = bar.verdict(ratio.value, share)

@@ -47,6 +47,38 @@ def states_of(head_dim: int, heads: int, layers: int, tokens: int) -> list[tuple
     return [(repeated(k, tokens), repeated(v, tokens)) for k, v in samples]
 
 
+class Replay:
+    """The lines of a model's attention layers that touch the cache, on queries, keys and values that stay the same.
+
+    Parameters
+    ----------
+    model
+        From `tiny_llama`.
+    states : list of pairs of tensors [1, H, N, D]
+        One per layer; the new token is the last of them.
+    """
+
+    def __init__(self, model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
+        self._name = model.config._attn_implementation
+        self._layers = []
+        for index, (k, v) in enumerate(states):
+            module = model.model.layers[index].self_attn
+            q = Sampler(k.shape[3], k.shape[1], index + 1).queries(module.num_key_value_groups)
+            self._layers.append((module, q, k[:, :, -1:].clone(), v[:, :, -1:].clone()))
+
+    def __call__(self, cache: Any) -> Tensor:
+        """One step; the output of the last layer, [1, 1, Q, D]."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
+        with torch.no_grad():
+            for index, (module, q, k, v) in enumerate(self._layers):
+                keys, values = cache.update(k, v, index)
+                attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._name, eager_attention_forward)
+                output: Tensor = attention(module, q, keys, values, None, dropout=0.0, scaling=module.scaling)[0]
+        return output
+
+
 def fill(cache: Any, model: Any, states: list[tuple[Tensor, Tensor]]) -> None:
     """Let a cache take over the keys and values of a prompt, layer by layer, as attention would hand them over.
 
