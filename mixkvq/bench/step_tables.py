@@ -9,7 +9,6 @@ from .bars import SHARE, STEP, STEP_GROUP, STEP_TOKENS, WHERE, Bar
 from .rows import Row, cells, times_faster, times_faster_beyond
 from .sheets import Sheet, context, number, spread
 from .step import ATTENTION, EAGER, EMPTY
-from .step import STEP as WHOLE
 
 _PLACE = ("part", "head_dim", "group", "threads")
 
@@ -57,34 +56,21 @@ def ratios(rows: Sequence[Row]) -> Sheet:
 
 
 def bars(rows: Sequence[Row]) -> Sheet:
-    """Floors and targets of the step."""
+    """Floors and targets of what a cache does in a step."""
     head = ("cache", "versus", "what", "times faster [95 %]", "by best", "floor", "target", "verdict")
     title = f"Floors and targets: head_dim 128, one thread, group {STEP_GROUP}, {context(STEP_TOKENS)} tokens"
     sheet = Sheet(title, head, left=3)
-    places = [{**WHERE, "group": STEP_GROUP, "tokens": STEP_TOKENS, "part": part} for part in (ATTENTION, WHOLE)]
-    for cell in cells(row for row in rows if row.where in places):
+    place = {**WHERE, "group": STEP_GROUP, "tokens": STEP_TOKENS, "part": ATTENTION}
+    for cell in cells(row for row in rows if row.where == place):
         for bar, preset in ((bar, preset) for bar in STEP for preset in SHARE if preset in cell):
             rival = _rival(bar, cell)
             if rival is not None:
                 row, share = cell[preset], SHARE[preset]
-                base = cell[EMPTY]
-                known = {
-                    row.where["part"]: (times_faster(row, rival), rival.best / row.best),
-                    "less empty history": (times_faster_beyond(row, rival, base), _best_beyond(row, rival, base)),
-                }
-                if row.where["part"] == ATTENTION:  # that is all of it
-                    del known["less empty history"]
-                for what, (ratio, best) in known.items():
-                    limits = number(share * bar.floor), number(share * bar.target)
-                    verdict = bar.verdict(ratio.value, share)
-                    sheet.rows.append([preset, rival.system, what, spread(ratio), number(best), *limits, verdict])
+                ratio, best = times_faster(row, rival), number(rival.best / row.best)
+                limits = number(share * bar.floor), number(share * bar.target)
+                verdict = bar.verdict(ratio.value, share)
+                sheet.rows.append([preset, rival.system, ATTENTION, spread(ratio), best, *limits, verdict])
     return sheet
-
-
-def _best_beyond(row: Row, rival: Row, base: Row) -> float:
-    """As `times_faster_beyond`, of the best times."""
-    own = row.best - base.best
-    return (rival.best - base.best) / own if own > 0 else float("nan")
 
 
 def _rival(bar: Bar, cell: dict[str, Row]) -> Row | None:
