@@ -1,4 +1,4 @@
-"""Every branch on the version of transformers (4.57 to 5.23 are known) lives here.
+"""Every branch on the version of transformers (4.57 to 5.24 are known) lives here.
 
 transformers below 5.1 looks attention functions up with ``AttentionInterface[...]`` only, which eager attention never
 asks: eager models take the dequantized path there. Classes that a version lacks are None.
@@ -12,6 +12,14 @@ import transformers
 from transformers import cache_utils
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+_CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # the older name still works, with a warning
+
+
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """The keyword argument by which models and `generate` take a cache."""
+    return {_CACHE: cache}
+
 
 LinearMixin: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
 """Base of layers with a convolution or recurrent state."""

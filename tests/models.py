@@ -12,6 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache
+from mixkvq.compat import cache_argument
 
 torch.set_num_threads(1)  # models this small lose by more
 
@@ -28,7 +29,7 @@ _SHAPE = {
     "initializer_range": 0.3,  # logits that differ by far more than rounding
 }
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-_GPTJ = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "rotary_dim": 8}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 _MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
 _EXPERTS = {
@@ -52,7 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_SHAPE, "sliding_window": 48}),
     "gemma2": ("Gemma2", {**_SHAPE, "sliding_window": 48, "query_pre_attn_scalar": 16}),
     "gpt_oss": ("GptOss", {**_SHAPE, "sliding_window": 48, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gptj": ("GPTJ", {**_GPTJ, "initializer_range": 0.3}),
+    "bloom": ("Bloom", {**_BLOOM, "initializer_range": 0.3}),  # attends without transformers' AttentionInterface
     "deepseek_v3": (
         "DeepseekV3",
         {**_SHAPE, **_MLA, **_MOE, "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
@@ -94,7 +95,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, new_tokens
     """``model.generate`` without sampling, with all logits."""
     return model.generate(
         **inputs,
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
@@ -129,7 +130,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits of one forward pass without gradients; the cache grows."""
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options).logits
+        return model(input_ids=ids, attention_mask=mask, **cache_argument(cache), use_cache=True, **options).logits
 
 
 def dense_copy(cache: MixKVQCache, config: Any = None) -> DynamicCache:

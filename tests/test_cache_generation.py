@@ -17,14 +17,14 @@ FAMILIES = [
     ("gemma2", "eager"),
     ("gpt_oss", "eager"),
     ("phi3", "sdpa"),
-    ("gptj", "eager"),
+    ("bloom", "eager"),
 ]
 
 
 @pytest.fixture(params=FAMILIES, ids=[name for name, _ in FAMILIES])
 def model(request):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # gptj is decoded in every step and says so
+        warnings.simplefilter("ignore")  # bloom is decoded in every step and says so
         yield tiny(*request.param)
 
 

@@ -18,12 +18,12 @@ CASES = [
     ("gemma2", "eager", [NATIVE, PACKED]),
     ("gpt_oss", "eager", [NATIVE, PACKED]),
     ("mistral", "sdpa", [NATIVE, NATIVE]),
-    ("gptj", "eager", [DECODED, DECODED]),
+    ("bloom", "eager", [DECODED, DECODED]),
     ("deepseek_v3", "sdpa", [NATIVE, NATIVE]),
     ("qwen3_next", "sdpa", [NATIVE, PACKED]),
 ]
 REASONS = {
-    "gptj": "does not pass through transformers' AttentionInterface",
+    "bloom": "does not pass through transformers' AttentionInterface",
     "deepseek_v3": "differ in shape, as latent (MLA) attention does",
     "mistral": "transformers' DynamicSlidingWindowLayer",
     "qwen3_next": "transformers' LinearAttentionLayer",

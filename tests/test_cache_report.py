@@ -124,10 +124,10 @@ def test_presets_have_the_documented_true_bits():
         assert cache.report().true_bits == bits
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral", "gptj", "deepseek_v3", "qwen3_next", "phi3"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral", "bloom", "deepseek_v3", "qwen3_next", "phi3"])
 def test_bytes_of_every_kind_of_layer(family):
     """Sliding windows, linear states, native and decoded layers, fused projections: all that is held is counted."""
-    attention = "eager" if family in ("gemma2", "gpt_oss", "gptj") else "sdpa"
+    attention = "eager" if family in ("gemma2", "gpt_oss", "bloom") else "sdpa"
     cache = lossless()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -226,7 +226,7 @@ def test_raised_scales_are_counted():
 def test_one_warning_per_cache():
     cache = lossless()
     with pytest.warns(UserWarning, match="AttentionInterface") as caught:
-        generate(tiny("gptj", "eager"), prompts([60]), cache, 5)
+        generate(tiny("bloom", "eager"), prompts([60]), cache, 5)
     assert len(caught) == 1 and "cache.report()" in str(caught[0].message)
     assert all(layer.dequantizations == 4 for layer in cache.report().layers)
     assert all("AttentionInterface" in layer.reason for layer in cache.report().layers)

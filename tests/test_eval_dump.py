@@ -122,7 +122,7 @@ def test_layers_that_cannot_be_dumped() -> None:
     with pytest.raises(UserError, match=r"--layers names \[2\], must be among the attention layers \[0, 1\]"):
         observe(tiny(), WINDOW, [1, 2], ignore)
     with pytest.raises(UserError, match=r"--model: .*cannot be observed"):
-        observe(tiny("gptj", "eager"), WINDOW, None, ignore)
+        observe(tiny("bloom", "eager"), WINDOW, None, ignore)
 
 
 @pytest.mark.parametrize(

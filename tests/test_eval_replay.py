@@ -116,7 +116,7 @@ def test_attention_lookup_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert getattr(owner, name) is before
 
 
-@pytest.mark.parametrize(("family", "attention", "layers"), [("gptj", "eager", [0, 1]), ("qwen3_next", "sdpa", [0])])
+@pytest.mark.parametrize(("family", "attention", "layers"), [("bloom", "eager", [0, 1]), ("qwen3_next", "sdpa", [0])])
 def test_layers_that_cannot_be_observed_are_named(family: str, attention: str, layers: list[int]) -> None:
     with pytest.raises(ValueError, match=rf"attention of layers \[{', '.join(map(str, layers))}\] cannot be observed"):
         Prefill.record(tiny(family, attention), text()[:, :20])

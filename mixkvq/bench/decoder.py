@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_argument
 from ..eval.replay import read
 
 
@@ -40,7 +41,7 @@ class Decoder:
     def step(self) -> None:
         """Feed the next token."""
         with torch.no_grad():
-            self.model(self.ids[:, self.position : self.position + 1], past_key_values=self.cache, use_cache=True)
+            self.model(self.ids[:, self.position : self.position + 1], **cache_argument(self.cache), use_cache=True)
         self.position += 1
 
     def count(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_argument
 from ..errors import UserError
 from ..eval.memory import cache_nbytes
 from ..eval.schemes import Scheme, parse_scheme
@@ -112,7 +113,7 @@ class _Decoder:
     def step(self) -> torch.Tensor:
         """Logits [1, 1, vocabulary] of one more token."""
         with torch.no_grad():
-            logits: torch.Tensor = self.model(torch.tensor([[7]]), past_key_values=self.cache, use_cache=True).logits
+            logits: torch.Tensor = self.model(torch.tensor([[7]]), **cache_argument(self.cache), use_cache=True).logits
         return logits
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_argument
 from ..eval.memory import PeakMemory, cache_nbytes
 from ..eval.stream import Emit, TokenStream, layer_progress
 
@@ -60,7 +61,7 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, cache: Any, emit: Emit
     stream = TokenStream(tokenizer, emit, lambda: cache_nbytes(cache))
     with torch.inference_mode(), layer_progress(model, emit):
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=stream, **options
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), streamer=stream, **options
         )
     new = out[0, ids.shape[1] :].tolist()
     return Answer(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_argument
 from ..eval.forced import chunk_ends, kl_divergence
 from ..eval.memory import cache_nbytes
 from ..eval.stream import Emit, layer_progress
@@ -62,11 +63,11 @@ def teacher_forced(
     ends = list(chunk_ends(prefill, ids.shape[1], sink_length, block_length))
     with torch.inference_mode():
         with layer_progress(model, emit):
-            model(ids[:, :prefill], past_key_values=exact, logits_to_keep=1)
-        model(ids[:, :prefill], past_key_values=other, logits_to_keep=1)
+            model(ids[:, :prefill], **cache_argument(exact), logits_to_keep=1)
+        model(ids[:, :prefill], **cache_argument(other), logits_to_keep=1)
         trace.append((prefill, cache_nbytes(exact), cache_nbytes(other)))
         for begin, end in zip([prefill, *ends], ends, strict=False):
-            p, q = (model(ids[:, begin:end], past_key_values=cache).logits[0] for cache in (exact, other))
+            p, q = (model(ids[:, begin:end], **cache_argument(cache)).logits[0] for cache in (exact, other))
             kl += kl_divergence(p, q).tolist()
             agree += (p.argmax(-1) == q.argmax(-1)).tolist()
             trace.append((end, cache_nbytes(exact), cache_nbytes(other)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import QuantizedCache, StoppingCriteria, StoppingCriteriaList
 
+from ..compat import cache_argument
 from .replay import Prefill, read
 
 STAGE = 32
@@ -96,7 +97,7 @@ def continue_batch(
             ids = model.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=min(STAGE, begin + new_tokens - before),
                 stopping_criteria=StoppingCriteriaList([finished]),
                 pad_token_id=tokenizer.pad_token_id,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..compat import cache_argument
 from ..config import MixKVQConfig
 from .replay import Prefill
 from .schemes import Scheme
@@ -79,7 +80,7 @@ def forced_logits(
     with torch.inference_mode():
         prefill.replay(cache)
         for begin, end in zip([prefill.tokens, *ends], ends, strict=False):
-            yield model(ids[:, begin:end], past_key_values=cache).logits[0]
+            yield model(ids[:, begin:end], **cache_argument(cache)).logits[0]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..compat import cache_argument
 from ..fingerprint import identity
 from .bits import bits_of, bits_over
 from .replay import Prefill
@@ -60,7 +61,7 @@ def greedy(model: Any, prefill: Prefill, cache: Any, new_tokens: int) -> list[li
         prefill.replay(cache)
         tokens = [prefill.logits[:, -1:].argmax(-1)]
         while len(tokens) < new_tokens:
-            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            tokens.append(model(tokens[-1], **cache_argument(cache)).logits[:, -1:].argmax(-1))
     found: list[list[int]] = torch.cat(tokens, 1).tolist()
     return found
 

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from .. import compat
+from ..compat import cache_argument
 from ..hook import TAG, wrap
 
 
@@ -89,7 +90,7 @@ def read(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -
     padded: dict[str, Any] = {}
     if mask is not None:
         padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    logits: torch.Tensor = model(ids, past_key_values=cache, logits_to_keep=1, **padded).logits
+    logits: torch.Tensor = model(ids, **cache_argument(cache), logits_to_keep=1, **padded).logits
     return logits
 
 
