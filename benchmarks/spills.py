@@ -102,7 +102,10 @@ def main() -> int:
     for name in sorted(worse):
         allowed = (recorded or {}).get(name, 0)
         print(f"SPILLS: {name} has {counts[name]} stack accesses in a loop, {allowed} are recorded")
-    return 1 if worse else 0
+    missing = sorted(set(recorded or {}) - set(counts))
+    for name in missing:
+        print(f"MISSING: {name} is recorded and was not found")
+    return 1 if worse or missing else 0
 
 
 if __name__ == "__main__":

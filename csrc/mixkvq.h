@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MKVQ_API_VERSION 1
+#define MKVQ_API_VERSION 2
 #define MKVQ_CAPSULE "mixkvq._core._C_API"
 #define MKVQ_MAX_HEAD_DIM 256 /* and a multiple of 8 */
 /* Tokens of a coded block, a multiple of 32; exact records hold up to 65535. */
@@ -218,10 +218,12 @@ typedef struct {
 mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error);
 
 /* ---- attention ------------------------------------------------------------------------------- */
-/* How codes are multiplied. DEFAULT: queries and probabilities as 16-bit integers, relative L2 error
- * against float64 attention on the unpacked values below 2e-3; EXACT: float32, below 1e-5. Exact
- * tokens and channels are always multiplied in float32. FAST: as DEFAULT, but queries as 8-bit integers
- * where they meet columns of two-bit keys only; below 6e-2. */
+/* How codes are multiplied. EXACT: in float32, relative L2 error against float64 attention on the
+ * unpacked values below 1e-5. DEFAULT: queries and probabilities as 16-bit integers. FAST: as
+ * DEFAULT, but queries as 8-bit integers where they meet columns of two-bit keys only. Rounding is
+ * relative to the largest product of a query row, so that these errors grow with the logits: below
+ * 2e-3 (6e-2) where their standard deviation is at most 16 (2). Exact tokens and channels are
+ * always multiplied in float32. */
 typedef enum { MKVQ_PRECISION_DEFAULT, MKVQ_PRECISION_EXACT, MKVQ_PRECISION_FAST } mkvq_precision;
 
 /* out = softmax(cap(scaling * q k^T) + mask) v over, per row, sinks, packed blocks and window,
@@ -250,7 +252,7 @@ typedef struct {
     int64_t workspace_bytes;
     mkvq_executor executor;
 } mkvq_attend_args;
-/* Bytes of workspace for these sizes of q and history; nothing else is looked at. */
+/* Bytes of workspace for these sizes of q and history; 0 if they do not fit each other. */
 int64_t mkvq_attend_workspace(const mkvq_attend_args *args);
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error);
 

@@ -313,8 +313,9 @@ def attend(
     softcap : float
         c of ``c * tanh(score / c)``; 0: none.
     precision : {"default", "exact", "fast"}
-        How codes are multiplied: 16-bit queries and probabilities, within 2e-3 of float64 attention on the unpacked
-        values; float32, within 1e-5; or as the default, but queries in 8 bits on 2-bit keys, errors up to 6e-2.
+        How codes are multiplied: "exact" in float32, within 1e-5 of float64 attention on the unpacked values; with
+        queries and probabilities in 16 bits, or, "fast", queries in 8 bits on 2-bit keys: errors that grow with the
+        logits, below 2e-3 (6e-2) where their standard deviation is at most 16 (2).
     sink_logits : float32 [Q], optional
         Logits added to the softmax denominator.
 

@@ -273,6 +273,7 @@ class MixKVQCache(LinearStates, DynamicCache):
                 layer.reset()
         self.ledger.change(sum(self._foreign.values()), 0)
         self.layers, self._foreign, self._learned, self._last, self._awaiting = [], {}, False, -1, False
+        self._handles = Handles()
         if self._model_config is not None:
             self._lay_out(self._model_config)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
+from weakref import getweakrefcount
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -77,6 +78,12 @@ _ALONE = _references((object(), object()))
 """What a pair has that nobody else refers to; how many that are depends on the interpreter."""
 
 
+def _wanted(pair: tuple[PackedHandle, PackedHandle]) -> bool:
+    """Whether an operator has seen a handle of the pair, or somebody watches it."""
+    keys, values = pair
+    return keys.seen or values.seen or getweakrefcount(keys) > 0 or getweakrefcount(values) > 0
+
+
 class Handles:
     """Gives out the handles of one cache.
 
@@ -102,7 +109,7 @@ class Handles:
         dtype : torch.dtype
         """
         pair, like = self._pair, (shape, dtype, layer.device)
-        if pair is None or like != self._like or _references(pair) > _ALONE or pair[0].seen or pair[1].seen:
+        if pair is None or like != self._like or _references(pair) > _ALONE or _wanted(pair):
             # class, sizes, strides, storage offset, memory format, dtype, layout, device: faster by position
             arguments = PackedHandle, shape, None, None, None, dtype, torch.strided, layer.device
             self._pair, self._like = pair, _ = (_make(*arguments), _make(*arguments)), like

@@ -135,11 +135,9 @@ static void stretch(mkvq_view *mask, const mkvq_view *q)
         }
 }
 
-/* Sizes that do not fit each other ask for no workspace and are refused by the call itself. */
 static PyObject *call_attend(mkvq_attend_args *a)
 {
-    const int fits = a->history->kv_heads > 0 && a->q.shape[1] >= a->history->kv_heads;
-    const int64_t bytes = fits ? mkvq_attend_workspace(a) : 0;
+    const int64_t bytes = mkvq_attend_workspace(a);
     mkvq_py_workspace workspace = {NULL, 0};
     mkvq_error error = {0};
     mkvq_status status;

@@ -256,9 +256,9 @@ Tensor attend(const Tensor q, const std::vector<Tensor> slabs, const Tensor plac
     const Tensor rows = torch::stable::new_empty(q, {b, n, h, d});
     const Tensor out = torch::stable::transpose(rows, 1, 2);
     a.out = view(out, "out");
+    STD_TORCH_CHECK(precision >= 0 && precision <= MKVQ_PRECISION_FAST, "precision is ", precision,
+                    ", must be 0, 1 or 2");
     a.precision = static_cast<int32_t>(precision);
-    STD_TORCH_CHECK(history.c.kv_heads > 0 && h >= history.c.kv_heads, "q has ", h,
-                    " heads, must be a multiple of the history's ", history.c.kv_heads);
     const Tensor workspace =
         torch::stable::new_empty(q, {api->attend_workspace(&a)}, ScalarType::Byte);
     a.workspace_bytes = workspace.numel();

@@ -212,7 +212,7 @@ static int64_t attend_record(attend_state *w, const uint8_t *record, const uint1
 static int64_t tokens_before(const mkvq_history *h, int64_t row, int64_t blocks)
 {
     int64_t tokens = 0;
-    if (h->block_tokens)
+    if (h->checked && h->block_tokens)
         return blocks * h->block_tokens;
     for (int64_t j = 0; j < blocks; j++)
         tokens += ((const mkvq_header *)(const void *)mkvq_record_at(h, row, 0, j))->tokens;

@@ -250,8 +250,10 @@ static int64_t partial_floats(const mkvq_attend_args *a, const mkvq_attend_plan 
 
 int64_t mkvq_attend_workspace(const mkvq_attend_args *args)
 {
-    const mkvq_attend_plan plan = plan_attend(args);
     const mkvq_history *h = args->history;
+    if (h->kv_heads < 1 || args->q.shape[1] < h->kv_heads)
+        return 0;
+    const mkvq_attend_plan plan = plan_attend(args);
     return plan.runs == 1 ? 0
                           : h->batch * h->kv_heads * plan.tiles * plan.runs *
                                 partial_floats(args, &plan) * (int64_t)sizeof(float);
