@@ -43,6 +43,7 @@ qemu: $(DONE)/venv
 
 simde: $(DONE)/package
 	PYTHON=$(BIN)/python tests/lanes/simde.sh
+
 # needs valgrind and objdump; RECORD=--record makes the counts of this build the recorded ones
 instructions: $(DONE)/package
 	$(BIN)/python benchmarks/spills.py $(RECORD)
