@@ -321,19 +321,6 @@ mkvq_status mkvq_check_history(mkvq_history *history, mkvq_error *error)
     return MKVQ_OK;
 }
 
-static int64_t history_tokens(const mkvq_history *h, int64_t row)
-{
-    int64_t tokens = 0;
-    if (h->checked && h->block_tokens)
-        return h->blocks[row] * h->block_tokens;
-    for (int64_t j = 0; j < h->blocks[row]; j++) {
-        mkvq_header head;
-        memcpy(&head, mkvq_record_at(h, row, 0, j), sizeof head);
-        tokens += head.tokens;
-    }
-    return tokens;
-}
-
 /* ---- calls ----------------------------------------------------------------------------------- */
 mkvq_status mkvq_check_salience(const mkvq_salience_args *a, mkvq_error *error)
 {
@@ -404,7 +391,8 @@ mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, mkvq_error *error)
             "of the history's head_dim");
     REQUIRE(h->batch == 0 || a->first, MKVQ_E_NULL, "first", 0, "an address");
     for (int64_t b = 0; b < h->batch; b++)
-        REQUIRE(a->first[b] >= 0 && a->first[b] <= a->k.shape[2] - history_tokens(h, b),
+        REQUIRE(a->first[b] >= 0 &&
+                    a->first[b] <= a->k.shape[2] - mkvq_tokens_before(h, b, h->blocks[b]),
                 MKVQ_E_SPACE, "first", a->first[b], "such that all blocks fit into k and v");
     return MKVQ_OK;
 }
@@ -477,7 +465,7 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
                 a->exact[b], "0 to the buffer's tokens");
         REQUIRE(h->blocks[b] == 0 || a->exact[b] >= a->sink_length, MKVQ_E_VALUE, "exact",
                 a->exact[b], "at least sink_length in a row that has blocks");
-        const int64_t total = a->exact[b] + history_tokens(h, b),
+        const int64_t total = a->exact[b] + mkvq_tokens_before(h, b, h->blocks[b]),
                       start = a->start ? a->start[b] : 0;
         REQUIRE(start >= 0, MKVQ_E_VALUE, "start", start, "not negative");
         REQUIRE(a->mask_kind != MKVQ_MASK_ARRAY || start <= a->mask.shape[3] - total, MKVQ_E_SHAPE,

@@ -66,6 +66,17 @@ static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, 
            (place & ((INT64_C(1) << MKVQ_SLAB_SHIFT) - 1));
 }
 
+/* Tokens of the first `blocks` blocks of a row, which all its heads have alike. */
+static inline int64_t mkvq_tokens_before(const mkvq_history *h, int64_t row, int64_t blocks)
+{
+    int64_t tokens = 0;
+    if (h->checked && h->block_tokens)
+        return blocks * h->block_tokens;
+    for (int64_t j = 0; j < blocks; j++)
+        tokens += ((const mkvq_header *)(const void *)mkvq_record_at(h, row, 0, j))->tokens;
+    return tokens;
+}
+
 /* Address of element [a, b, c, 0]. */
 static inline uint8_t *mkvq_at(const mkvq_view *v, int64_t a, int64_t b, int64_t c)
 {

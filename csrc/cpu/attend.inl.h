@@ -208,17 +208,6 @@ static int64_t attend_record(attend_state *w, const uint8_t *record, const uint1
 }
 
 /* ---- units of work --------------------------------------------------------------------------- */
-/* Tokens of blocks 0 ... blocks of a row, which all its heads have alike. */
-static int64_t tokens_before(const mkvq_history *h, int64_t row, int64_t blocks)
-{
-    int64_t tokens = 0;
-    if (h->checked && h->block_tokens)
-        return blocks * h->block_tokens;
-    for (int64_t j = 0; j < blocks; j++)
-        tokens += ((const mkvq_header *)(const void *)mkvq_record_at(h, row, 0, j))->tokens;
-    return tokens;
-}
-
 static void begin_tile(attend_state *w, const mkvq_attend_args *a, const mkvq_attend_plan *plan,
                        int64_t row, int64_t head, int64_t tile)
 {
@@ -322,8 +311,8 @@ static void attend_unit(const mkvq_attend_args *a, const mkvq_attend_plan *plan,
     attend_state w;
     begin_tile(&w, a, plan, row, head, tile);
     if (a->mask_kind) {
-        w.total = exact + tokens_before(h, row, blocks);
-        position += tokens_before(h, row, begin);
+        w.total = exact + mkvq_tokens_before(h, row, blocks);
+        position += mkvq_tokens_before(h, row, begin);
     }
     if (run == 0)
         attend_exact(&w, mkvq_at(&a->k, row, head, 0), mkvq_at(&a->v, row, head, 0), &a->k, &a->v,
