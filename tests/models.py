@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from families import FAMILIES, VOCABULARY
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache
@@ -16,53 +17,7 @@ from mixkvq.compat import cache_argument
 
 torch.set_num_threads(1)  # models this small lose by more
 
-VOCABULARY = 97
-_SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.3,  # logits that differ by far more than rounding
-}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
-_MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-_LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", _SHAPE),
-    "qwen2": ("Qwen2", _SHAPE),
-    "qwen3": ("Qwen3", _SHAPE),
-    "phi3": ("Phi3", _SHAPE),
-    "mistral": ("Mistral", {**_SHAPE, "sliding_window": 48}),
-    "gemma2": ("Gemma2", {**_SHAPE, "sliding_window": 48, "query_pre_attn_scalar": 16}),
-    "gpt_oss": ("GptOss", {**_SHAPE, "sliding_window": 48, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "bloom": ("Bloom", {**_BLOOM, "initializer_range": 0.3}),  # attends without transformers' AttentionInterface
-    "deepseek_v3": (
-        "DeepseekV3",
-        {**_SHAPE, **_MLA, **_MOE, "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
-    ),
-    "qwen3_next": (
-        "Qwen3Next",
-        {**_SHAPE, **_EXPERTS, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
-    ),
-}
 
 
 @lru_cache(maxsize=32)
@@ -70,11 +25,11 @@ def tiny(
     family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> Any:
     """A random model of a family, in eval mode; the same object for the same arguments."""
-    name, fields = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**fields, **_TOKENS, **changes})
+    about = FAMILIES[family]
+    config = getattr(transformers, f"{about.config}Config")(**{**about.fields, **_TOKENS, **changes})
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+    return getattr(transformers, about.model or f"{about.config}ForCausalLM")(config).to(dtype).eval()
 
 
 def prompts(lengths: Sequence[int], seed: int = 1) -> dict[str, torch.Tensor]:

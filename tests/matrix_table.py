@@ -1,0 +1,72 @@
+"""The table of families and scenarios, from the reports of a test run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+
+@dataclass
+class Row:
+    """What became of one family."""
+
+    path: str = ""
+    attention: set[str] = field(default_factory=set)
+    outcomes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # tests by outcome
+    without: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # scenarios skipped, by reason
+
+
+class Table:
+    """Rows by family."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = defaultdict(Row)
+
+    @classmethod
+    def of(cls, stats: dict[str, list[Any]]) -> Table:
+        """From the statistics of pytest's terminal reporter."""
+        table = cls()
+        for outcome in ("passed", "failed", "error", "skipped"):
+            for report in stats.get(outcome, ()):
+                about = dict(getattr(report, "user_properties", ()))
+                if "family" not in about:
+                    continue
+                row = table.rows[about["family"]]
+                row.path = shorten(about["path"])
+                row.attention.add(about["attention"])
+                row.outcomes[outcome].add(report.nodeid)
+                if outcome == "skipped":
+                    scenario = report.nodeid.rpartition("-")[2].rstrip("]")
+                    row.without[str(report.longrepr[2]).removeprefix("Skipped: ")].add(scenario)
+        return table
+
+    def markdown(self) -> str:
+        """A Markdown table, and a footnote for every reason why a scenario does not apply."""
+        lines = [
+            "| family | attention | path of its layers | passed | failed | does not apply |",
+            "|---|---|---|--:|--:|---|",
+        ]
+        notes: dict[str, int] = {}
+        for name, row in self.rows.items():
+            failed = len(row.outcomes["failed"] | row.outcomes["error"])
+            skipped = [
+                f"{', '.join(sorted(scenarios))} [{notes.setdefault(reason, len(notes) + 1)}]"
+                for reason, scenarios in row.without.items()
+            ]
+            cells = (
+                name,
+                ", ".join(sorted(row.attention)),
+                row.path,
+                str(len(row.outcomes["passed"])),
+                str(failed),
+                "; ".join(skipped),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in notes.items())])
+
+
+def shorten(path: str) -> str:
+    """``packed packed native`` as ``2 packed, 1 native``, in the order of the layers."""
+    return ", ".join(f"{len(list(group))} {name}" for name, group in groupby(path.split()))

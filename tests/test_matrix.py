@@ -1,0 +1,34 @@
+"""Every family x every scenario: ``make matrix`` runs all of it and prints the table of docs/models.md."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES
+from scenarios import SCENARIOS, Case
+
+SAMPLE = {"llama", "gemma2", "qwen3_next", "bloom"}
+"""Families of the default test run."""
+
+
+def cases():
+    for family in FAMILIES.values():
+        for attention in family.attention:
+            small = family.name in SAMPLE and attention == family.attention[0]
+            marks = () if small else (pytest.mark.slow, pytest.mark.matrix)
+            yield pytest.param(family, attention, marks=marks, id=f"{family.name}-{attention}")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("family, attention", list(cases()))
+def test_same_as_the_stock_cache(family, attention, scenario, record_property):
+    for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths))):
+        record_property(name, value)
+    if not family.present:
+        pytest.skip(f"transformers {'.'.join(map(str, family.since))} brings it")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dequantized layers say so
+        SCENARIOS[scenario](Case(family, attention))
