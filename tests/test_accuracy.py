@@ -18,8 +18,9 @@ from mixkvq import MixKVQConfig
 from mixkvq.calibrate.reading import calibration_windows
 from mixkvq.calibrate.thresholds import scale_thresholds
 from mixkvq.errors import UserError
+from mixkvq.eval.checkpoints import SMOLLM2
 from mixkvq.eval.kl import Protocol, Summary, measure, summarize
-from mixkvq.eval.models import load, require_smollm2
+from mixkvq.eval.models import load
 from mixkvq.eval.replay import Prefill
 from mixkvq.eval.results import Results
 from mixkvq.eval.schemes import parse_scheme, parse_schemes
@@ -37,7 +38,7 @@ PROTOCOL = Protocol()
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        require_smollm2()
+        SMOLLM2.require()
     except UserError as error:
         pytest.skip(str(error))
     return load(dtype="float32")

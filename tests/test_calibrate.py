@@ -249,11 +249,12 @@ def test_wrong_options(fields, match):
 @pytest.mark.slow
 def test_smollm2_reaches_its_bits_on_other_text(tmp_path, capsys):
     """Thresholds scaled on prose give nearly the same bits on code, where the published pair gives far more."""
-    from mixkvq.eval.models import SMOLLM2, load, require_smollm2
+    from mixkvq.eval.checkpoints import SMOLLM2
+    from mixkvq.eval.models import load
     from mixkvq.eval.replay import Prefill
 
     try:
-        require_smollm2()
+        SMOLLM2.require()
     except UserError as error:
         pytest.skip(str(error))
     out = tmp_path / "c.json"
@@ -261,7 +262,7 @@ def test_smollm2_reaches_its_bits_on_other_text(tmp_path, capsys):
     assert main([*command, "--threads", "1", "--out", str(out)]) == 0
     made = Calibration.load(out)
     assert 2.59 < made.summary["key_code_bits"] <= 2.6 and 0 < made.summary["kl_nats"] < 0.2
-    model, tokenizer = load(SMOLLM2, "float32")
+    model, tokenizer = load(SMOLLM2.name, "float32")
     code = Prefill.record(model, torch.tensor([windows(tokenizer, "code", 1, 800)[0].ids]))
     scaled = code_bits(model, [code], PAPER.replace(thresholds=made.fields["thresholds"]))
     assert 2.3 < scaled < 2.9 and code_bits(model, [code], PAPER) > scaled + 1

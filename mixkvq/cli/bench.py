@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..config import list_presets
 from ..errors import UserError
-from ..eval.models import SMOLLM2
+from ..eval.checkpoints import MODEL_HELP, SMOLLM2
 from .display import Display
 from .evaluate.app import console
 from .info import collect, usable_cpus
@@ -257,7 +257,7 @@ def step(
 
 @app.command("tokens")
 def tokens(
-    model: Annotated[str, typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")] = SMOLLM2,
+    model: Annotated[str, typer.Option("--model", help=MODEL_HELP)] = SMOLLM2.name,
     schemes: Annotated[
         str, typer.Option("--schemes", help="Caches as in `mixkvq eval`, separated by commas.")
     ] = "default,exact",

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..config import MixKVQConfig
 from ..errors import UserError
-from ..eval.models import SMOLLM2, require_smollm2
+from ..eval.checkpoints import CHECKPOINTS, SMOLLM2
 from .display import Display
 from .info import collect
 from .jobs import Job, run
@@ -24,7 +24,7 @@ from .text import QUESTION
 class DemoOptions:
     """Options of the command; the fields are explained in `mixkvq.cli.app`."""
 
-    model: str = SMOLLM2
+    model: str = SMOLLM2.name
     preset: str = "default"
     tokens: int = 5300
     new_tokens: int = 128
@@ -67,14 +67,15 @@ def demo(options: DemoOptions, console: Console) -> dict[str, Any]:
     UserError
         When the model is missing, the folder cannot be written, or a measurement fails.
     """
-    if options.model == SMOLLM2:
-        require_smollm2()
+    checkpoint = CHECKPOINTS.get(options.model)
+    if checkpoint:
+        checkpoint.require()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out is {options.out}, must be a folder that can be written ({error.strerror})") from error
 
-    if options.model == SMOLLM2:
+    if checkpoint:
         Display(console, {}).follow(run(options.job("prepare", None)))
     read = {"layer": "reading the prompt, layer by layer"}
     console.rule(f"DynamicCache, {options.dtype}")
@@ -93,7 +94,7 @@ def demo(options: DemoOptions, console: Console) -> dict[str, Any]:
         picture,
         compared["score"].trace,
         compared["bits"].per_channel,
-        model="SmolLM2-135M-Instruct" if options.model == SMOLLM2 else options.model,
+        model=checkpoint.title if checkpoint else options.model,
         dtype=options.dtype,
         preset=options.preset,
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...config import list_presets
 from ...errors import UserError
-from ...eval.models import SMOLLM2
+from ...eval.checkpoints import MODEL_HELP, SMOLLM2
 from ...eval.results import Results
 from ...eval.schemes import Scheme, parse_scheme, parse_schemes
 from ..display import Display
@@ -23,7 +23,7 @@ app = typer.Typer(
     "not measured again: an interrupted command goes on where it stopped.",
 )
 
-Model = Annotated[str, typer.Option("--model", help="smollm2, a folder, or a name on a model hub.")]
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 Schemes = Annotated[
     str,
     typer.Option("--schemes", help="Separated by commas, fields behind colons: default,compact:value_bits=3."),
@@ -47,7 +47,7 @@ Prompt = Annotated[
 ]
 
 ALL_PRESETS = ",".join(name for name in list_presets() if name != "lossless")
-DEFAULT_MODEL, DEFAULT_OUT, DEFAULT_SINK, DEFAULT_PROMPT = SMOLLM2, Path("eval-out"), 4, 4 + 12 * 128
+DEFAULT_MODEL, DEFAULT_OUT, DEFAULT_SINK, DEFAULT_PROMPT = SMOLLM2.name, Path("eval-out"), 4, 4 + 12 * 128
 
 
 @dataclass(frozen=True)
