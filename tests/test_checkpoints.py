@@ -31,7 +31,8 @@ PATHS = {
     "gemma3-270m": [PACKED if layer % 6 == 5 else NATIVE for layer in range(18)],
 }
 """Five of six layers of Gemma 3 attend to a sliding window."""
-KL_BOUND = {"smollm2": 0.012, "qwen2.5-coder-0.5b": 0.012, "gemma3-270m": 0.012}
+KL_BOUND = 0.012
+"""Nats. Documentation of Python, 1024 tokens read at once and 256 teacher-forced, gives half of it."""
 
 
 @pytest.fixture(scope="module", params=PATHS)
@@ -66,5 +67,5 @@ def test_default_keeps_the_predictions(checkpoint):
     ids = torch.tensor([text_ids(tokenizer, 1280)])
     score = teacher_forced(model, ids, 1024, exact, cache, config.sink_length, config.block_length, lambda *event: None)
     print(f"{name}: KL {score.mean_kl():.4f} nats, top-1 {score.agreement():.3f}, {cache.report().true_bits:.3f} bits")
-    assert 0 < score.mean_kl() <= KL_BOUND[name] and score.agreement() >= 0.94
+    assert 0 < score.mean_kl() <= KL_BOUND and score.agreement() >= 0.94
     assert paths(cache) == PATHS[name]
