@@ -11,11 +11,11 @@ import torch
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from . import compat
+from . import compat, reasons
 from .arrays import precision_code
 from .calibration import Calibration
 from .config import MixKVQConfig
-from .handle import KEYS, VALUES, Handles, PackedHandle
+from .handle import Handles, PackedHandle
 from .hook import TAG, Tag, install
 from .layer import NATIVE, MixKVQLayer
 from .linear import LinearStates
@@ -163,6 +163,7 @@ class MixKVQCache(LinearStates, DynamicCache):
 
     def _new_layer(self, index: int) -> MixKVQLayer:
         layer = MixKVQLayer(self._config_of(index), self.ledger, self.precision)
+        layer.index = index
         self._recording(layer)
         return layer
 
@@ -175,11 +176,12 @@ class MixKVQCache(LinearStates, DynamicCache):
     def _update_outside_graph(self, key_states: Any, value_states: Any, layer_idx: int) -> tuple[Any, Any]:
         """In a compiled model: plain or decoded tensors, and no hook."""
         layer = self._layer_to_update(key_states, value_states, layer_idx)
+        layer.compiled = True
         keys, values = layer.update(key_states, value_states)
         self._last, self._awaiting = layer_idx, True
         if type(keys) is PackedHandle:
-            decoded = layer.decode()
-            return decoded[KEYS], decoded[VALUES]
+            keys, values = layer.decode()
+            layer.served_decoded(reasons.COMPILED)
         return keys, values
 
     # ---- the layout ------------------------------------------------------------------------------------------------
@@ -241,6 +243,7 @@ class MixKVQCache(LinearStates, DynamicCache):
                 return have
             states = getattr(theirs, "number_of_states", 1)
             new = MixKVQHybridLayer(self._config_of(index), self.ledger, self.precision, states)
+            new.index = index
             if have is not None:
                 new.__dict__.update(have.__dict__)
             return self._recording(new)
@@ -307,7 +310,9 @@ def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerRe
     states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     length = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     elements = sum(t.numel() for t in (states or held))
-    return LayerReport(index, NATIVE, f"transformers' {type(layer).__name__}", int(length), held_bytes(held), elements)
+    linear = compat.LinearMixin is not None and isinstance(layer, compat.LinearMixin)
+    why = reasons.transformers_layer(type(layer).__name__, getattr(layer, "sliding_window", None), linear)
+    return LayerReport(index, NATIVE, why, int(length), held_bytes(held), elements)
 
 
 def _configuration(preset: Any, overrides: dict[str, Any]) -> MixKVQConfig:

@@ -42,6 +42,15 @@ def attention_lookup() -> tuple[type, str]:
     return AttentionInterface, "get_interface" if hasattr(AttentionInterface, "get_interface") else "__getitem__"
 
 
+def look_up() -> Any:
+    """Look an attention function up, as a module does."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _, name = attention_lookup()
+    arguments = ("eager", look_up) if name == "get_interface" else ("sdpa",)
+    return getattr(ALL_ATTENTION_FUNCTIONS, name)(*arguments)
+
+
 def attention_weights_wanted() -> bool:
     """Whether somebody collects attention weights, which no fused kernel returns."""
     if _collector is None:

@@ -13,6 +13,8 @@ from weakref import getweakrefcount
 import torch
 from torch.utils._pytree import tree_map_only
 
+from . import lookup, reasons
+
 if TYPE_CHECKING:
     from .layer import MixKVQLayer
 
@@ -57,8 +59,17 @@ class PackedHandle(torch.Tensor):
                 raise RuntimeError(
                     f"{func} writes into the keys or values of a packed MixKVQCache, which are read-only"
                 )
-        args, kwargs = tree_map_only(cls, cls.decode, (args, kwargs))
-        return func(*args, **kwargs)
+        layers: list[MixKVQLayer] = []
+
+        def decode(handle: PackedHandle) -> torch.Tensor:
+            layers.append(handle.layer)
+            return handle.decode()
+
+        args, kwargs = tree_map_only(cls, decode, (args, kwargs))
+        result = func(*args, **kwargs)
+        if layers:  # last: under -W error a warning is an exception
+            layers[0].served_decoded(lookup.blindness(otherwise=reasons.operator(func)))
+        return result
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (

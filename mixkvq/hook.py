@@ -7,27 +7,24 @@ runs, then the layer may pack), or a `PackedHandle` (the kernel runs instead).
 from __future__ import annotations
 
 import functools
-import os
-import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
 
-from . import compat
+from . import compat, lookup, reasons
 from .agreement import POSITIONS, Agreement, attend_as_agreed
 from .handle import KEYS, VALUES, PackedHandle
-from .layer import DEQUANTIZED, NATIVE, PLAIN, MixKVQLayer
+from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, PLAIN, MixKVQLayer
+from .lookup import Attention
 from .masks import reveals_padding
-from .proof import prove, sink_logits
+from .proof import Proof, prove, sink_logits
+from .reasons import Reason
 
 if TYPE_CHECKING:
     from .cache import MixKVQCache
 
-Attention = Callable[..., Any]
 TAG = "_mixkvq"
 
 _HARMLESS = POSITIONS | {"s_aux", "sinks"}  # tensor arguments; the proof covers sinks
@@ -84,58 +81,58 @@ class Call:
         """Arguments beside the first five that say something."""
         return frozenset(name for name, value in self.arguments.items() if value is not None and value is not False)
 
-    def refusal(self, layer: MixKVQLayer) -> str | None:
+    def refusal(self, layer: MixKVQLayer) -> Reason | None:
         """Why the kernel cannot compute what this call asks for, if it cannot."""
         if self.arguments.get("dropout"):
-            return "attention dropout"
+            return reasons.DROPOUT
         if self.extra:
-            return f"{self.name} is called with {5 + len(self.extra)} positional arguments"
+            return reasons.positional(self.name, 5 + len(self.extra))
         for name, value in self.arguments.items():
             if isinstance(value, torch.Tensor) and name not in _HARMLESS:
-                return f"{self.name} is called with a tensor {name!r} that the kernel does not know"
+                return reasons.unknown_tensor(self.name, name)
         return self._query_refusal(layer) or self._mask_refusal(layer)
 
-    def _query_refusal(self, layer: MixKVQLayer) -> str | None:
+    def _query_refusal(self, layer: MixKVQLayer) -> Reason | None:
         keys, query = layer.states[KEYS], self.query
         if (
             query.dim() != 4
             or (query.shape[0], query.shape[3]) != (keys.shape[0], keys.shape[3])
             or query.shape[1] % keys.shape[1]
         ):
-            return f"queries {list(query.shape)} do not fit to keys {list(keys.shape)}"
+            return reasons.misfit(list(query.shape), list(keys.shape))
         return None
 
-    def _mask_refusal(self, layer: MixKVQLayer) -> str | None:
+    def _mask_refusal(self, layer: MixKVQLayer) -> Reason | None:
         mask, (batch, heads, n, _) = self.mask, self.query.shape
         if mask is None:
             return None
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.dtype not in _MASK_DTYPES:
-            return f"{self.name} is called with a mask that is no 4-dimensional bool or float tensor"
+            return reasons.strange_mask(self.name)
         fits = (
             mask.shape[0] in (1, batch)
             and mask.shape[1] in (1, heads)
             and mask.shape[2] == n
             and mask.shape[3] >= layer.length
         )
-        return None if fits else f"a mask of shape {list(mask.shape)} for {n} queries and {layer.length} keys"
+        return None if fits else reasons.mask_shape(list(mask.shape), n, layer.length)
 
-    def packed_refusal(self, layer: MixKVQLayer) -> str | None:
+    def packed_refusal(self, layer: MixKVQLayer) -> Reason | None:
         """As `refusal`, for a packed layer: also if the proof does not cover this call or weights are wanted."""
         proof, n = layer.proof, self.query.shape[2]
         if torch.is_grad_enabled() and self.query.requires_grad:
-            return "gradients are required"
+            return reasons.GRADIENTS
         if self.arguments.get("output_attentions") or compat.attention_weights_wanted():
-            return "attention weights are wanted"
+            return reasons.WEIGHTS
         if proof is None or proof.function != self.name:
-            return f"{self.name} was not proved to be what the kernel computes"
+            return reasons.other_function(self.name)
         if self.mask is None and n > 1:
-            return f"{n} queries without a mask"
+            return reasons.no_mask(n)
         window = self.arguments.get("sliding_window")
         if window is not None and self.mask is None and layer.length > window:
-            return f"sliding_window={window}"
+            return reasons.window(window)
         changed = (self.given ^ proof.arguments) & {"softcap", "s_aux", "sinks"}
         if changed:
-            return f"{', '.join(sorted(changed))} given in one call and not in another"
+            return reasons.changed(changed)
         return self.refusal(layer)
 
 
@@ -146,17 +143,12 @@ def _packed_call(call: Call) -> Any:
     key.check()
     layer = key.layer
     paired = isinstance(value, PackedHandle) and value.layer is layer and (key.which, value.which) == (KEYS, VALUES)
-    reason = call.packed_refusal(layer) if paired else "keys and values do not come from one layer"
-    trouble = (
-        None if reason is None else f"keys and values are decoded for a call that the kernel cannot serve: {reason}"
-    )
-    if reason is None:
+    refused = call.packed_refusal(layer) if paired else reasons.TORN
+    trouble: Reason | None = None
+    if refused is None:
         assert layer.store is not None and layer.proof is not None
         if reveals_padding(call.mask, layer.store.start, layer.store.padding):
-            trouble = (
-                "attention_mask shows columns that were hidden as padding when the cache was filled; they are not "
-                "stored and stay hidden: pass the same padding in every call"
-            )
+            trouble = reasons.SHOWN_PADDING
         output = layer.store.attend(
             call.query,
             call.mask,
@@ -175,23 +167,30 @@ def _packed_call(call: Call) -> Any:
     if layer.store is not None and key.epoch == layer.epoch and call._query_refusal(layer) is None:
         layer.observe(call.query, call.mask)
         layer.pack()
-    if trouble:  # last: under -W error a warning is an exception
-        layer.ledger.warn(trouble)
+    if refused:  # last: under -W error a warning is an exception
+        layer.served_decoded(refused)
+    elif trouble:
+        layer.warn("", trouble)
     return result
 
 
 def _plain_call(tag: Tag, call: Call) -> Any:
     """Keys are plain tensors of a cache: run the original, look at the queries, pack what is due."""
-    result = call.original(call.key, call.value)
+    ours = getattr(call.value, TAG, None) is tag
+    delattr(call.key, TAG)  # a function that somebody made from a hooked one: one hook is enough
+    try:
+        result = call.original(call.key, call.value)
+    finally:
+        setattr(call.key, TAG, tag)  # layers that share keys and values come later
     cache = tag.cache()
-    if cache is None or getattr(call.value, TAG, None) is not tag:
+    if cache is None or not ours:
         return result
     layer = cache.layer_of_call(tag.index, call.module)
     if not isinstance(layer, MixKVQLayer) or layer.epoch != tag.epoch or layer.mode == NATIVE or not layer.waiting:
         return result
     layer.waiting = False
     if torch.is_grad_enabled() and call.query.requires_grad:
-        layer.become_native("gradients are required")
+        layer.become_native(reasons.GRADIENTS)
         return result
     if call._query_refusal(layer) is None and (call.mask is None or call._mask_refusal(layer) is None):
         layer.observe(call.query, call.mask)
@@ -200,14 +199,14 @@ def _plain_call(tag: Tag, call: Call) -> Any:
     fallen = layer.mode == DEQUANTIZED and layer.store is None
     layer.pack()
     if fallen:  # last: under -W error a warning is an exception
-        layer.ledger.warn(f"keys and values are decoded in every step: {layer.reason}")
+        layer.warn(EVERY_STEP, layer.reason)
     return result
 
 
-def _prove(call: Call, result: Any) -> Any:
+def _prove(call: Call, result: Any) -> Proof | Reason | None:
     output = result[0] if isinstance(result, tuple) else result
     if not isinstance(output, torch.Tensor):
-        return f"{call.name} returns no tensor"
+        return reasons.other_layout(call.name)
     call.output_dtype = output.dtype
     return prove(call, output)
 
@@ -231,43 +230,18 @@ def wrap(function: Attention) -> Attention:
 _wrap_once = functools.lru_cache(maxsize=256)(wrap)
 
 
-# ---- installing ----------------------------------------------------------------------------------------------------
-_lock = threading.Lock()
-_replaced: tuple[type, str, Any] | None = None
+def _through(function: Attention) -> Attention:
+    try:
+        return _wrap_once(function)
+    except TypeError:  # a callable that cannot be hashed
+        return wrap(function)
 
 
 def install() -> None:
     """Put the hook in place; `MixKVQCache` does it. Once is enough, ``MIXKVQ_HOOK=off`` forbids it."""
-    global _replaced
-    with _lock:
-        if _replaced is not None or os.environ.get("MIXKVQ_HOOK", "on") == "off":
-            return
-        owner, name = compat.attention_lookup()
-        original = getattr(owner, name)
-        _replaced = owner, name, owner.__dict__.get(name)
-
-        @functools.wraps(original)
-        def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
-            function = original(self, *args, **kwargs)
-            if is_compiling():
-                return function
-            try:
-                return _wrap_once(function)
-            except TypeError:  # a callable that cannot be hashed
-                return wrap(function)
-
-        setattr(owner, name, lookup)
+    lookup.install(_through)
 
 
 def uninstall() -> None:
     """Take the hook out. Caches in use go on with decoded keys and values."""
-    global _replaced
-    with _lock:
-        if _replaced is None:
-            return
-        owner, name, original = _replaced
-        if original is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
-        _replaced = None
+    lookup.uninstall()

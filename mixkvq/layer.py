@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from . import compat
+from . import compat, lookup, reasons
 from .agreement import Agreement
 from .arrays import precision_code
 from .autograd import outside_autograd
@@ -22,15 +22,13 @@ from .handle import KEYS, VALUES, Handles
 from .masks import NO_TOKEN, first_columns
 from .proof import Proof
 from .queries import QueryStatistics
+from .reasons import Reason
 from .report import LayerReport, Ledger, held_bytes
 from .states import check_continues, check_states, codec_of, common_dtype, obstacle, own
 from .store import PackedStore
 
 PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
-_INVISIBLE = (
-    "attention does not pass through transformers' AttentionInterface with the cached tensors: keys and values are "
-    "decoded in every step, queries are not seen"
-)
+EVERY_STEP = "keys and values are decoded in every step: "
 
 
 class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -44,6 +42,15 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Of the cache it belongs to.
     precision : {"default", "exact", "fast"}
         Of attention, as in `MixKVQCache`.
+
+    Attributes
+    ----------
+    index : int or None
+        Of the layer in its cache, which sets it.
+    compiled : bool
+        Whether a compiled model updates it: the hook sees nothing then.
+    decoded_for : Reason or None
+        Why its last decoded call was decoded.
     """
 
     is_sliding = False
@@ -61,13 +68,15 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         precision_code(precision)
         self.precision = "exact" if self.mixkvq_config.allocate == "exact" else precision
         self.ledger = ledger or Ledger()
-        self.record_past = False
+        self.record_past = self.compiled = False
         self.epoch = 0
+        self.index: int | None = None
         self.dequantizations = 0
+        self.decoded_for: Reason | None = None
         self._bytes = 0
-        self._clear("nothing cached yet")
+        self._clear(reasons.EMPTY)
 
-    def _clear(self, reason: str) -> None:
+    def _clear(self, reason: Reason) -> None:
         """Forget all tokens."""
         self.is_initialized = False
         self.mode, self.reason = PLAIN, reason
@@ -199,10 +208,10 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert self._k is not None and self._v is not None
         return self._k, self._v
 
-    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Reason | None:
         """Why these tokens must stay in full precision."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            return "gradients are required"
+            return reasons.GRADIENTS
         return None if self.length else obstacle(self.mixkvq_config, key, value)
 
     # ---- choosing the path -----------------------------------------------------------------------------------------
@@ -213,7 +222,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._start is None:
             return True
         if int(self._start.max()) == NO_TOKEN:
-            self.reason = "nothing packed yet: a batch row has no real token"
+            self.reason = reasons.NO_REAL_TOKEN
             return False
         return self.length - int(self._start.min()) >= self._threshold
 
@@ -231,22 +240,31 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """The tensors handed out last never reached the hook: once packing is due, go on with decoded tensors."""
         fallen = self.mode == PLAIN and self.waiting and self.ready()
         if fallen:
-            self.mode, self.reason = DEQUANTIZED, _INVISIBLE
+            self.mode, self.reason = DEQUANTIZED, reasons.COMPILED if self.compiled else lookup.blindness()
         if self.mode == DEQUANTIZED and self.waiting:
             self.pack()
         self.waiting = False
         if fallen:  # last: under -W error a warning is an exception
-            self.ledger.warn(_INVISIBLE)
+            self.warn(EVERY_STEP, self.reason)
 
-    def decide(self, verdict: Proof | str | None) -> None:
+    def decide(self, verdict: Proof | Reason | None) -> None:
         """Choose the path by what `proof.prove` found."""
         if isinstance(verdict, Proof):
             self.mode, self.proof = PACKED, verdict
-            self.reason = f"{verdict.function} proved to be what the kernel computes"
+            self.reason = reasons.packed(verdict.function)
         elif verdict is not None:
             self.mode, self.reason = DEQUANTIZED, verdict
 
-    def become_native(self, reason: str) -> None:
+    def warn(self, effect: str, reason: Reason) -> None:
+        """Warn once per cache, naming the layer."""
+        self.ledger.warn(f"layer {self.index}: " * (self.index is not None) + f"{effect}{reason}")
+
+    def served_decoded(self, reason: Reason) -> None:
+        """Remember, and warn, why a packed layer had to be decoded for somebody."""
+        self.decoded_for = reason
+        self.warn("keys and values are decoded for a call that the kernel cannot serve: ", reason)
+
+    def become_native(self, reason: Reason) -> None:
         """Keep everything in full precision from now on."""
         if self.store is not None:
             self._k, self._v = self.decode()
@@ -256,7 +274,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.mode, self.reason = NATIVE, reason
         self._account()
         if fallen:
-            self.ledger.warn(f"a layer went from packed to full precision: {reason}")
+            self.warn("went from packed to full precision: ", reason)
 
     def observe(self, query: torch.Tensor, mask: torch.Tensor | None) -> None:
         """See one attention call: where rows begin, and what their queries look like.
@@ -291,9 +309,8 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._k, self._v = own(self._k), own(self._v)  # views of a fused projection would keep all of it
             self._account()
             self._unsettled = False
-        if self.mode == PLAIN and not self.reason.startswith("nothing packed yet"):
-            need = self.mixkvq_config.sink_length + self.mixkvq_config.residual_length
-            self.reason = f"nothing packed yet: begins at {need} tokens"
+        if self.mode == PLAIN and self.reason != reasons.NO_REAL_TOKEN:
+            self.reason = reasons.waiting(self.mixkvq_config.sink_length + self.mixkvq_config.residual_length)
 
     def _begin(self) -> None:
         k, v = self.states
@@ -347,7 +364,8 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _assign(self, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
         old_key, old_value = self.decode() if self.length else (None, None)
         record_past, new = self.record_past, (old_key if key is None else key, old_value if value is None else value)
-        self._clear("tensors were assigned from outside")
+        fallen = self.store is not None
+        self._clear(reasons.ASSIGNED)
         self.record_past, (self._k, self._v) = record_past, new
         self.epoch += 1
         states = next((t for t in new if t is not None), None)
@@ -355,12 +373,14 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(states)
             self.length = states.shape[-2]
         self._account()
+        if fallen:
+            self.warn("went from packed to full precision: ", reasons.ASSIGNED)
 
     # ---- shortening and moving -------------------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget all tokens."""
         self.epoch += 1
-        self._clear("nothing cached yet")
+        self._clear(reasons.EMPTY)
 
     def activate_past_recording(self) -> None:
         """A rollback by `crop` may follow every call: keep a block more exact."""
@@ -385,7 +405,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if keep < self.length:
             self.epoch += 1
             if keep == 0:
-                self._clear("emptied by crop")
+                self._clear(reasons.EMPTIED)
                 return
             if self.store is None:
                 self._crop_plain(keep)
@@ -467,13 +487,18 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def report(self, index: int) -> LayerReport:
         """What this layer holds."""
-        nbytes = held_bytes(self.tensors())
-        if self.store is None:
-            elements = sum(t.numel() for t in (self._k, self._v) if t is not None)
-            return LayerReport(
-                index, self.path, self.reason, self.length, nbytes, elements, dequantizations=self.dequantizations
-            )
-        totals = self.store.totals()
+        nbytes, totals = held_bytes(self.tensors()), {}
+        if self.store is not None:
+            totals = self.store.totals()._asdict()
+        else:
+            totals = {"elements": sum(t.numel() for t in (self._k, self._v) if t is not None)}
         return LayerReport(
-            index, self.path, self.reason, self.length, nbytes, dequantizations=self.dequantizations, **totals._asdict()
+            index,
+            self.path,
+            self.reason,
+            self.length,
+            nbytes,
+            dequantizations=self.dequantizations,
+            decoded_for=self.decoded_for,
+            **totals,
         )

@@ -73,6 +73,7 @@ class LinearStates(Cache):
         old = self.layers[layer_idx]
         fresh = self._new_layer(layer_idx)
         new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, fresh.precision, number_of_states)
+        new.index = layer_idx
         keep = dict(vars(old))
         if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
             keep = {name: value for name, value in keep.items() if name not in ("dtype", "device", "is_initialized")}

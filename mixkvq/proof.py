@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import ops, reasons
 from .masks import rows_that_see
+from .reasons import Reason
 
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
 
@@ -43,7 +44,7 @@ def sink_logits(module: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
     return sinks.detach().float().contiguous() if isinstance(sinks, torch.Tensor) and sinks.dim() == 1 else None
 
 
-def prove(call: Any, output: torch.Tensor) -> Proof | str | None:
+def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
     """Find the variant of the kernel that gives ``output``.
 
     Parameters
@@ -61,7 +62,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | str | None:
     batch, tokens = key.shape[0], key.shape[2]
     rows = rows_that_see(call.mask, batch, MIN_KEYS) if tokens >= MIN_KEYS else torch.zeros(batch, dtype=torch.bool)
     if output.dim() != 4 or output.shape[::2] != (batch, query.shape[1]):
-        return f"{call.name} returns another layout than [batch, tokens, heads, head_dim]"
+        return reasons.other_layout(call.name)
     want = output.detach()[:, -1:].float()
     rows = rows & want.isfinite().flatten(1).all(1)
     if not bool(rows.any()):
@@ -76,7 +77,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | str | None:
             error = (got - want)[rows].flatten(1).abs().amax(1)
             if bool((error <= _tolerance(call, got, want, mask, cap, logits)[rows]).all()):
                 return Proof(call.name, call.given, cap is not None, logits is not None)
-    return f"{call.name} does not compute what the kernel does (largest difference {float(error.max()):.1e})"
+    return reasons.mismatch(call.name, float(error.max()))
 
 
 def _plain_layer(key: torch.Tensor, value: torch.Tensor) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .reasons import Reason
+
 
 @dataclass
 class Ledger:
@@ -43,8 +45,8 @@ class LayerReport:
     index : int
     path : {"packed", "dequantized", "native"}
         Attention reads packed records; attention gets decoded tensors in every step; the layer holds full precision.
-    reason : str
-        Why.
+    why : Reason
+        Why, and what a user could do.
     tokens : int
         Columns seen, padding included.
     nbytes : int
@@ -61,11 +63,13 @@ class LayerReport:
         Scales that had to be raised for their offset to fit, since the cache was made.
     exact_blocks : int
         Records that hold exact values, because a key or value was not finite or did not fit (or by the preset).
+    decoded_for : Reason or None
+        Why the last call was decoded that the kernel could not serve, on a packed layer.
     """
 
     index: int
     path: str
-    reason: str
+    why: Reason
     tokens: int
     nbytes: int
     elements: int
@@ -76,6 +80,17 @@ class LayerReport:
     dequantizations: int = 0
     raised_scales: int = 0
     exact_blocks: int = 0
+    decoded_for: Reason | None = None
+
+    @property
+    def reason(self) -> str:
+        """What happened."""
+        return self.why.what
+
+    @property
+    def remedy(self) -> str:
+        """What a user could do."""
+        return self.why.remedy
 
     @property
     def overhead_bytes(self) -> int:
@@ -88,7 +103,7 @@ class LayerReport:
         return 8 * self.record_bytes / self.record_elements if self.record_elements else 0.0
 
 
-_HEAD = ("layer", "path", "tokens", "bytes", "true bits", "codes", "metadata", "overhead", "decoded", "reason")
+_HEAD = ("layer", "path", "tokens", "bytes", "true bits", "codes", "metadata", "overhead", "decoded")
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ class Report:
     def __str__(self) -> str:
         rows = [_HEAD, *(_cells(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        left = {1, len(_HEAD) - 1}
+        left = {1}
         lines = [
             "  ".join(
                 c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
@@ -142,7 +157,29 @@ class Report:
             for name in ("exact_blocks", "raised_scales")
             if (total := sum(getattr(layer, name) for layer in self.layers))
         ]
-        return "\n".join([*lines, summary, *notes])
+        return "\n".join([*lines, summary, *notes, *self._reasons()])
+
+    def _reasons(self) -> list[str]:
+        """Every distinct reason with the layers it holds for and the remedy."""
+        layers: dict[tuple[str, Reason], list[int]] = {}
+        for layer in self.layers:
+            layers.setdefault((layer.path, layer.why), []).append(layer.index)
+        for layer in self.layers:
+            if layer.decoded_for is not None:
+                layers.setdefault(("decoded at times", layer.decoded_for), []).append(layer.index)
+        return [f"{_ranges(held)} {path}: {why}" for (path, why), held in layers.items()]
+
+
+def _ranges(indices: list[int]) -> str:
+    """Indices in ascending order as in "layers 0-4, 6"."""
+    spans: list[list[int]] = []
+    for index in indices:
+        if spans and spans[-1][1] == index - 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    names = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"layer{'s' if len(indices) > 1 else ''} {names}"
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -155,7 +192,6 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.true_bits:.3f}" if packed else "-",
         *(f"{n:,}" if packed else "-" for n in (layer.code_bytes, layer.metadata_bytes, layer.overhead_bytes)),
         str(layer.dequantizations),
-        layer.reason,
     )
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from . import reasons
 from .config import BlockCodec, MixKVQConfig
+from .reasons import Reason
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -63,16 +65,18 @@ def check_continues(
             raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {dtype} on {old.device} as cached before")
 
 
-def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Reason | None:
     """Why records cannot hold these keys and values, if they cannot."""
     if key.dim() != 4 or key.shape != value.shape:
-        return f"keys {list(key.shape)} and values {list(value.shape)} differ in shape, as latent (MLA) attention does"
+        return reasons.latent(list(key.shape), list(value.shape))
     if key.device.type != "cpu":
-        return f"no packed kernels for {key.device}"
+        return reasons.device(key.device)
+    if (dtype := common_dtype(key, value)) not in DTYPES:
+        return reasons.dtype(dtype)
     try:
         codec_of(config, key, value)
     except ValueError as error:
-        return f"no packed kernels: {error}"
+        return reasons.codec(str(error))
     return None
 
 

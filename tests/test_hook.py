@@ -81,7 +81,7 @@ def test_other_attention_is_not_packed_but_right(function):
             got, want = layer.step(mask=mask)
             assert torch.allclose(got, want, atol=1e-5)
     mine = layer.cache.layers[0]
-    assert mine.path == "dequantized" and function.__name__ in mine.reason and mine.store.blocks.tolist() == [3]
+    assert mine.path == "dequantized" and function.__name__ in mine.reason.what and mine.store.blocks.tolist() == [3]
 
 
 def test_another_layout_is_not_packed():

@@ -16,6 +16,7 @@ from .. import reference
 from ..cache import MixKVQCache
 from ..config import MixKVQConfig
 from ..layer import MixKVQLayer
+from ..reasons import SIMULATED, Reason
 from ..report import LayerReport, Ledger, Report
 from ..states import DTYPES
 
@@ -77,10 +78,11 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
     """A layer that stays plain; blocks that are due are replaced by their decoded values."""
 
     def __init__(self, simulator: Simulator, index: int, ledger: Ledger) -> None:
-        self.simulator, self.index = simulator, index
+        self.simulator = simulator
         super().__init__(simulator.config, ledger)
+        self.index: int = index
 
-    def _clear(self, reason: str) -> None:
+    def _clear(self, reason: Reason) -> None:
         self._states: list[dict[str, Any]] = []  # per batch row
         super()._clear(reason)
 
@@ -139,7 +141,7 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
         return LayerReport(
             index,
             "simulated",
-            "coded and decoded at once, for comparison",
+            SIMULATED,
             self.length,
             nbytes,
             elements,
