@@ -80,7 +80,7 @@ class Agreement:
             shape=query.shape,
             dtype=query.dtype,
             group=query.shape[1] // store.k.shape[1],
-            most=float("inf") if window is None else window,
+            most=float("inf") if window is None or window == proof.window else window,
             scaling=given.get("scaling"),
             softcap=given["softcap"] if proof.softcap else None,
         )

@@ -28,6 +28,23 @@ if TYPE_CHECKING:
 TAG = "_mixkvq"
 
 _HARMLESS = POSITIONS | {"s_aux", "sinks"}  # tensor arguments; the proof covers sinks
+_SERVED = POSITIONS | {  # further arguments that the kernel knows, or that attention does not depend on
+    "dropout",
+    "is_causal",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "s_aux",
+    "scaling",
+    "sinks",
+    "sliding_window",
+    "softcap",
+    "use_cache",
+}
 _MASK_DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -81,6 +98,16 @@ class Call:
         """Arguments beside the first five that say something."""
         return frozenset(name for name, value in self.arguments.items() if value is not None and value is not False)
 
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """Given arguments that may mean anything, with their values."""
+        simple = bool, int, float, str
+        return tuple(
+            (name, value if isinstance(value, simple) else type(value).__name__)
+            for name, value in sorted(self.arguments.items())
+            if name in self.given and name not in _SERVED and not isinstance(value, torch.Tensor)
+        )
+
     def refusal(self, layer: MixKVQLayer) -> Reason | None:
         """Why the kernel cannot compute what this call asks for, if it cannot."""
         if self.arguments.get("dropout"):
@@ -127,10 +154,13 @@ class Call:
             return reasons.other_function(self.name)
         if self.mask is None and n > 1:
             return reasons.no_mask(n)
+        if self.mask is not None and not proof.masks:
+            return reasons.unproved_mask(self.name)
         window = self.arguments.get("sliding_window")
-        if window is not None and self.mask is None and layer.length > window:
+        if window is not None and layer.length > window and proof.window != window:
             return reasons.window(window)
         changed = (self.given ^ proof.arguments) & {"softcap", "s_aux", "sinks"}
+        changed |= {name for name, _ in set(self.options) ^ set(proof.options)}
         if changed:
             return reasons.changed(changed)
         return self.refusal(layer)

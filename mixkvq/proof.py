@@ -2,20 +2,25 @@
 
 Keys and values are still plain then. The last query row is computed again by the kernel and compared with what the
 model's attention function returned: mask, scaling, soft cap and attention sinks are measured, not assumed from a table.
+One row leaves much open: a soft cap does nothing to small scores, a row that sees everything says nothing about masks.
+So the function is also tried on rows that this call did not have: larger queries, and two rows of which a mask hides
+different keys. A sliding window counts as proved once the compared row sees past it. What a function will do on longer
+texts without an argument that says so cannot be found out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import ops, reasons
-from .masks import rows_that_see
+from .masks import allowed, first_columns, rows_that_see
 from .reasons import Reason
 
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
+_SPREAD = 4.0  # largest score of a trial without a soft cap: a wrong scale or cap then shows
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,21 @@ class Proof:
         Arguments that were given besides queries, keys, values and mask.
     softcap, sinks : bool
         Whether the soft cap and the sink logits of a call take part.
+    masks : bool
+        Whether it hides from every query what a mask hides from it.
+    window : int or None
+        The sliding window that the compared row saw past.
+    options : tuple of (str, value)
+        Further arguments that may mean anything; the proof holds for these values.
     """
 
     function: str
     arguments: frozenset[str]
     softcap: bool
     sinks: bool
+    masks: bool = True
+    window: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 def sink_logits(module: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -58,26 +72,156 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
     -------
     Proof, or the reason why the kernel cannot stand in, or None if this call cannot tell
     """
-    query, key, value = call.query[:, :, -1:].detach(), call.key.detach(), call.value.detach()
+    key, value = call.key.detach(), call.value.detach()
     batch, tokens = key.shape[0], key.shape[2]
     rows = rows_that_see(call.mask, batch, MIN_KEYS) if tokens >= MIN_KEYS else torch.zeros(batch, dtype=torch.bool)
-    if output.dim() != 4 or output.shape[::2] != (batch, query.shape[1]):
+    if output.dim() != 4 or output.shape[::2] != (batch, call.query.shape[1]):
         return reasons.other_layout(call.name)
-    want = output.detach()[:, -1:].float()
+    want = output.detach()[:, -1:]
     rows = rows & want.isfinite().flatten(1).all(1)
     if not bool(rows.any()):
         return None
-    mask = None if call.mask is None else call.mask[:, :, -1:]
-    handle = _plain_layer(key, value)
+    mask = None if call.mask is None else call.mask[:, :, -1:, :tokens]
+    seen = replace(call, query=call.query[:, :, -1:].detach(), key=key, value=value, mask=mask)
+    error = 0.0
+    for variant in _variants(call):
+        error = variant.error(seen, want, rows, strictness=2)
+        if error <= 1 and (masks := _tried(seen, variant, rows)) is not None:
+            return Proof(
+                call.name,
+                call.given,
+                variant.softcap is not None,
+                variant.sinks is not None,
+                masks,
+                _window(seen, rows),
+                call.options,
+            )
+    return reasons.mismatch(call.name, error)
+
+
+def _variants(call: Any) -> list[Variant]:
     softcap, sinks = call.arguments.get("softcap"), sink_logits(call.module, call.arguments)
-    for cap in (softcap, None) if softcap else (None,):
-        for logits in (sinks, None) if sinks is not None else (None,):
-            scaling = call.arguments.get("scaling")
-            got = ops.attend(handle, query, mask, False, scaling, cap or 0.0, logits, "exact").float()
-            error = (got - want)[rows].flatten(1).abs().amax(1)
-            if bool((error <= _tolerance(call, got, want, mask, cap, logits)[rows]).all()):
-                return Proof(call.name, call.given, cap is not None, logits is not None)
-    return reasons.mismatch(call.name, float(error.max()))
+    return [
+        Variant(cap, logits)
+        for cap in ((softcap, None) if softcap else (None,))
+        for logits in ((sinks, None) if sinks is not None else (None,))
+    ]
+
+
+def _window(call: Any, rows: torch.Tensor) -> int | None:
+    """The sliding window of a call, if one of these rows sees past it, or would."""
+    window, tokens = call.arguments.get("sliding_window"), call.key.shape[2]
+    if not isinstance(window, int) or tokens <= window:
+        return None
+    first = first_columns(call.mask, len(rows), tokens)[rows]
+    return window if bool((first <= tokens - window).any()) else None
+
+
+# ---- trials: rows that the call did not have -----------------------------------------------------------------------
+def _tried(call: Any, variant: Variant, rows: torch.Tensor) -> bool | None:
+    """Try larger queries, with masks if possible: whether masks are respected; None if it is not this variant."""
+    larger = call.query * _factor(call)
+    for dtype in (call.query.dtype, torch.bool) if call.mask is None else (call.mask.dtype,):
+        masked = replace(call, query=torch.cat([larger, call.query], 2), mask=_sparse_masks(call, dtype))
+        if _succeeds(masked, variant, rows):
+            return True
+    return False if _succeeds(replace(call, query=larger), variant, rows) else None
+
+
+def _succeeds(call: Any, variant: Variant, rows: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            result = call.original(call.key, call.value)
+    except Exception:  # whatever a function dislikes about a mask that the model did not make
+        return False
+    output = result[0] if isinstance(result, tuple) else result
+    batch, heads, n, dim = call.query.shape
+    if not isinstance(output, torch.Tensor) or output.shape != (batch, n, heads, dim):
+        return False
+    if call.mask is not None:  # of what sparse masks leave, a row with padding may see nothing
+        rows = rows & allowed(call.mask).any(-1).flatten(1).all(1)
+        if not bool(rows.any()):
+            return False
+    return variant.error(call, output.detach(), rows, strictness=4) <= 1
+
+
+def _factor(call: Any) -> torch.Tensor:
+    """What makes the queries so large that a scale or soft cap shows, [B, Q, 1, 1]; at least 1."""
+    softcap = call.arguments.get("softcap")
+    scores = _scores(call, call.query.float(), call.key.float())
+    if call.mask is not None:
+        scores = torch.where(allowed(call.mask), scores, 0.0)
+    largest = scores.abs().nan_to_num(0.0, 0.0, 0.0).amax((2, 3), keepdim=True)
+    factor = (softcap / 2 if softcap else _SPREAD) / largest.clamp(min=1e-6)
+    room = 1e4 / call.query.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-6)
+    return factor.minimum(room).clamp(min=1.0).to(call.query.dtype)
+
+
+def _sparse_masks(call: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Masks of two rows, [B, Q or 1, 2, tokens]: one leaves every second key, the other every eighth."""
+    batch, tokens = call.key.shape[0], call.key.shape[2]
+    column = torch.arange(tokens)
+    left = torch.stack([column % 2 == 0, column % 8 == 0])
+    hidden = False if dtype == torch.bool else torch.finfo(dtype).min
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if dtype == torch.bool else torch.zeros(1, 1, 1, tokens)
+    return torch.where(left, mask.to(dtype), hidden).expand(batch, -1, -1, -1).contiguous()
+
+
+# ---- comparing -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Variant:
+    """A soft cap and sink logits for the kernel, each None or what the call gives."""
+
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def error(self, call: Any, want: torch.Tensor, rows: torch.Tensor, *, strictness: float) -> float:
+        """Largest difference between the kernel and ``want`` [B, n, Q, D], in units of what is allowed."""
+        layer, scaling = _plain_layer(call.key, call.value), call.arguments.get("scaling")
+        got = ops.attend(layer, call.query, call.mask, False, scaling, self.softcap or 0.0, self.sinks, "exact").float()
+        allowance = self._tolerance(call, got, want.float(), strictness)
+        error = (got - want.float()).abs().flatten(2).amax(2) / allowance
+        return float(error[rows].nan_to_num(torch.inf).max()) if bool(rows.any()) else 0.0
+
+    def _tolerance(self, call: Any, got: torch.Tensor, want: torch.Tensor, strictness: float) -> torch.Tensor:
+        """How far apart two right results may be, [B, n].
+
+        1e-4 or four roundings of the largest value; in 16 bits also some times the error of plain 16-bit attention.
+        """
+        coarsest = max((call.query.dtype, call.key.dtype, call.output_dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        eps = torch.finfo(coarsest).eps
+        tolerance = max(1e-4, 4 * eps) * want.flatten(2).abs().amax(2).clamp(min=1e-6)
+        if eps < 1e-4:
+            return tolerance
+        naive = self._naive_attention(call, coarsest)
+        return tolerance + strictness * (naive.float() - got).flatten(2).abs().amax(2).nan_to_num(0.0)
+
+    def _naive_attention(self, call: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Attention in 16-bit arithmetic, every intermediate rounded, [B, n, Q, D]."""
+        query, key, value = (t.to(dtype) for t in (call.query, call.key, call.value))
+        scores = _scores(call, query, key)
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if (mask := call.mask) is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        batch, heads, n, tokens = scores.shape
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks.to(dtype).view(1, -1, 1, 1).expand(batch, -1, n, 1)], -1)
+        weights = scores.softmax(-1, torch.float32)[..., :tokens].to(dtype)
+        grouped = weights.view(batch, key.shape[1], -1, tokens)
+        return torch.matmul(grouped, value).view(batch, heads, n, -1).transpose(1, 2)
+
+
+def _scores(call: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Scaled products [B, Q, n, tokens]."""
+    batch, heads, n, head_dim = query.shape
+    scaling = call.arguments.get("scaling")
+    grouped = query.reshape(batch, key.shape[1], -1, head_dim)
+    scores: torch.Tensor = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, n, -1)
+    scores *= head_dim**-0.5 if scaling is None else scaling
+    return scores
 
 
 def _plain_layer(key: torch.Tensor, value: torch.Tensor) -> Any:
@@ -85,50 +229,3 @@ def _plain_layer(key: torch.Tensor, value: torch.Tensor) -> Any:
     batch, heads, tokens, _ = key.shape
     exact, none = torch.full((batch,), tokens), torch.zeros(batch, dtype=torch.int64)
     return ops.layer(key, value, exact, none, 0, [], torch.zeros(batch, heads, 0, dtype=torch.int64), none, None)
-
-
-def _tolerance(
-    call: Any,
-    got: torch.Tensor,
-    want: torch.Tensor,
-    mask: torch.Tensor | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """How far apart two right results may be, [B].
-
-    1e-4 or four roundings of the largest value; in 16 bits also twice the error of plain 16-bit attention in this row.
-    """
-    coarsest = max((call.query.dtype, call.key.dtype, call.output_dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    eps = torch.finfo(coarsest).eps
-    tolerance = max(1e-4, 4 * eps) * want.flatten(1).abs().amax(1).clamp(min=1e-6)
-    if eps < 1e-4:
-        return tolerance
-    naive = _naive_attention(call, coarsest, mask, softcap, sinks)
-    return tolerance + 2 * (naive.float() - got).flatten(1).abs().amax(1).nan_to_num(0.0)
-
-
-def _naive_attention(
-    call: Any, dtype: torch.dtype, mask: torch.Tensor | None, softcap: float | None, sinks: torch.Tensor | None
-) -> torch.Tensor:
-    """The last query row in 16-bit arithmetic, every intermediate rounded, [B, 1, Q, D]."""
-    query, key, value = (t.detach().to(dtype) for t in (call.query[:, :, -1:], call.key, call.value))
-    batch, heads, _, head_dim = query.shape
-    scaling = call.arguments.get("scaling")
-    grouped = query.reshape(batch, key.shape[1], -1, head_dim)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, 1, -1) * (
-        head_dim**-0.5 if scaling is None else scaling
-    )
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        mask = mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(batch, -1, 1, 1)], -1)
-    weights = scores.softmax(-1, torch.float32)[..., : key.shape[2]].to(dtype)
-    return (
-        torch.matmul(weights.view(batch, key.shape[1], -1, key.shape[2]), value)
-        .view(batch, heads, 1, -1)
-        .transpose(1, 2)
-    )

@@ -122,7 +122,7 @@ COMPILED = Reason(
 def mismatch(function: str, difference: float) -> Reason:
     """The proof failed."""
     return Reason(
-        f"{function} does not compute what the kernel does (largest difference {difference:.1e})",
+        f"{function} does not compute what the kernel does (off by {difference:.0f} times what rounding explains)",
         f'{_FALLS}; for fused reads try attn_implementation="eager" or "sdpa"',
     )
 
@@ -195,6 +195,14 @@ def other_function(function: str) -> Reason:
 def no_mask(queries: int) -> Reason:
     """Which of several queries sees what?"""
     return Reason(f"{queries} queries without a mask", "pass attention_mask, or one token at a time")
+
+
+def unproved_mask(function: str) -> Reason:
+    """Masks were not part of the proof."""
+    return Reason(
+        f"{function} was not proved to hide what a mask hides",
+        'use attn_implementation="sdpa" or "eager", or leave padding and masks out',
+    )
 
 
 def window(size: object) -> Reason:
