@@ -29,8 +29,9 @@ def _unchanged(function: Attention) -> Attention:
 _lock = threading.Lock()
 _through: Callable[[Attention], Attention] = _unchanged
 """What becomes of a function that was looked up; `_unchanged` while the hook is out."""
-_placed: tuple[type, str, Any, Any] | None = None
-"""Our look-up, once it is in place: class, method, what the class itself had there (or None), ours."""
+_placed: list[tuple[type, str, Any, Any]] = []
+"""Where our look-ups were put: class, method, what the class itself had there (or None), ours. More than one only if
+another library puts the first aside, which it may bring back when it goes."""
 
 
 def _forbidden() -> bool:
@@ -39,28 +40,27 @@ def _forbidden() -> bool:
 
 def install(through: Callable[[Attention], Attention]) -> None:
     """Have ``through`` applied to every attention function that is looked up, unless ``MIXKVQ_HOOK=off``."""
-    global _placed, _through
+    global _through
     with _lock:
         if _forbidden():
             return
-        if _placed is None or not (_in_place(_placed) or _asked()):
-            _placed = _place()
+        if _on_top() is None and not (_placed and _asked()):
+            _placed.append(_place())
         _through = through
 
 
 def uninstall() -> None:
     """Leave transformers as it was, or as another library made it since. May be called at any time."""
-    global _placed, _through
+    global _through
     with _lock:
         _through = _unchanged
-        if _placed is None or not _in_place(_placed):
-            return
-        owner, name, original, _ = _placed
-        if original is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
-        _placed = None
+        while (top := _on_top()) is not None:
+            owner, name, original, _ = top
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+            _placed.remove(top)
 
 
 def blindness(otherwise: Reason = reasons.INVISIBLE) -> Reason:
@@ -85,9 +85,9 @@ def _place() -> tuple[type, str, Any, Any]:
     return placed
 
 
-def _in_place(placed: tuple[type, str, Any, Any]) -> bool:
-    owner, name, _, lookup = placed
-    return owner.__dict__.get(name) is lookup
+def _on_top() -> tuple[type, str, Any, Any] | None:
+    """The one of our look-ups that transformers calls first, if it is one of ours."""
+    return next((p for p in _placed if p[0].__dict__.get(p[1]) is p[3]), None)
 
 
 def _asked() -> bool:

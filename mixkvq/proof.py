@@ -100,7 +100,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
                 _window(seen, rows),
                 call.options,
             )
-    return reasons.mismatch(call.name, error)
+    return reasons.mismatch(call.name, f"off by {error:.1f} times rounding" if error > 1 else "with larger queries")
 
 
 def _variants(call: Any) -> list[Variant]:

@@ -119,10 +119,10 @@ COMPILED = Reason(
 )
 
 
-def mismatch(function: str, difference: float) -> Reason:
+def mismatch(function: str, how: str) -> Reason:
     """The proof failed."""
     return Reason(
-        f"{function} does not compute what the kernel does (off by {difference:.0f} times what rounding explains)",
+        f"{function} does not compute what the kernel does ({how})",
         f'{_FALLS}; for fused reads try attn_implementation="eager" or "sdpa"',
     )
 
