@@ -31,12 +31,12 @@ app.add_typer(evaluate, name="eval")
 app.add_typer(bench, name="bench")
 
 
-@app.command("info")
-def _info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Print what a bug report needs."""
+@app.command("info", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def _info(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Print what a bug report needs; with --model DIR, which layers of a model are packed, and why."""
     from .info import main
 
-    main(["--json"] if as_json else [])
+    main(arguments or [])
 
 
 @app.command("demo")

@@ -1,4 +1,4 @@
-"""``mixkvq info``: what a bug report needs. Works where only NumPy is installed."""
+"""``mixkvq info``: what a bug report needs. Works where only NumPy is installed, except for ``--model``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..config import list_presets
+from ..errors import missing_package
 from ..origin import reinstall_line
 from ..version import __version__
 
@@ -103,11 +105,55 @@ def collect() -> dict[str, Any]:
     return facts | {name: os.environ[name] for name in shown}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print `collect`, as text or with ``--json`` as one JSON object. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mixkvq info", description="Print what a bug report needs.")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixkvq info",
+        description="Print what a bug report needs; with --model, which layers of a model are packed, why the others "
+        "are not and what to do about it, and how many bytes that saves. The model reads a page of the Python "
+        "documentation and decodes 8 tokens.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(argv)
+    add = parser.add_argument_group("a model").add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        help="a folder with a model that continues text, with or without an encoder (with config.json only: random "
+        "weights); or smollm2, or a name on a model hub",
+    )
+    add("--tokens", type=int, help="tokens of documentation to read; default 512, or what the model has positions for")
+    add("--preset", default="default", help=f"one of {', '.join(list_presets())}; default: %(default)s")
+    add("--attn", metavar="IMPLEMENTATION", help="attn_implementation, such as sdpa or eager; default: the model's")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16; default: %(default)s, as the model says")
+    return parser
+
+
+def _model_info(options: argparse.Namespace) -> int:
+    try:
+        from .model_info import ModelInfoOptions, inspect_model
+    except ModuleNotFoundError as error:
+        raise missing_package(error, "mixkvq info --model") from error
+    names = ("model", "tokens", "preset", "attn", "dtype")
+    found = inspect_model(ModelInfoOptions(**{name: getattr(options, name) for name in names}))
+    print(json.dumps(found.facts(), indent=2) if options.json else found)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print `collect`, or what ``--model`` shows; as text or with ``--json`` as one JSON object.
+
+    Returns
+    -------
+    int
+        The exit status.
+
+    Raises
+    ------
+    UserError
+        For a model that cannot be shown.
+    """
+    options = _parser().parse_args(argv)
+    if options.model is not None:
+        return _model_info(options)
     facts = collect()
     if options.json:
         print(json.dumps(facts, indent=2, default=str))
