@@ -12,6 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from mixkvq import MixKVQCache
+from mixkvq.compat import cache_argument
 from mixkvq.eval.models import load
 
 
@@ -31,7 +32,7 @@ def main(name: str = "smollm2", preset: str = "default") -> None:
         ids = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=200,
             do_sample=False,
             streamer=streamer,

@@ -55,7 +55,7 @@ class MixKVQCache(LinearStates, DynamicCache):
     Examples
     --------
     >>> cache = MixKVQCache()
-    >>> model.generate(**inputs, past_key_values=cache)
+    >>> model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
     >>> print(cache.report())
     """
 
@@ -68,6 +68,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         precision: str = "default",
         **overrides: Any,
     ) -> None:
+        compat.warn_if_unknown()
         self.mixkvq_config = _configuration(preset, overrides)
         self.calibration = None if calibration is None else Calibration.of(calibration)
         self._layer_configs: dict[int, MixKVQConfig] = {}

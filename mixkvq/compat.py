@@ -1,24 +1,63 @@
-"""Every branch on the version of transformers (4.57 to 5.24 are known) lives here.
+"""Every branch on the version of transformers lives here; docs/versions.md says what was tried on which.
 
-transformers below 5.1 looks attention functions up with ``AttentionInterface[...]`` only, which eager attention never
-asks: eager models take the dequantized path there. Classes that a version lacks are None.
+Classes that a version lacks are None.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import transformers
-from transformers import cache_utils
+from packaging.version import Version
 
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+OLDEST, FULL, NEWEST = (4, 57), (5, 8), (5, 24)
+"""Minor versions of transformers: the oldest that works at all, the oldest with everything, the newest tried."""
+
+VERSION = Version(transformers.__version__).release[:2]
+
+if VERSION < OLDEST:
+    raise ImportError(
+        f"mixkvq needs transformers >= {OLDEST[0]}.{OLDEST[1]}, and {transformers.__version__} is installed: "
+        f"pip install -U 'transformers>={FULL[0]}.{FULL[1]}'"
+    )
+
+from transformers import cache_utils  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
 
 _CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # the older name still works, with a warning
+
+_lock = threading.Lock()
+_warned = False
+
+
+def warn_if_unknown() -> None:
+    """Say, once per process, that a transformers newer than `NEWEST` was not tried."""
+    global _warned
+    if VERSION <= NEWEST or _warned:
+        return
+    with _lock:
+        warned, _warned = _warned, True
+    if not warned:
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {NEWEST[0]}.{NEWEST[1]}, the newest that this "
+            "mixkvq was tried with: look for a newer mixkvq, or compare with DynamicCache once; cache.report() says "
+            "which layers are packed",
+            stacklevel=3,
+        )
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword argument by which models and `generate` take a cache."""
     return {_CACHE: cache}
+
+
+def gguf_arguments() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that unpack the weights of a GGUF file, which newer versions may keep packed."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 LinearMixin: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
@@ -35,11 +74,23 @@ except ImportError:
     _collector = None  # type: ignore[assignment]
 
 
+SEES_EAGER = hasattr(AttentionInterface, "get_interface")
+"""Whether eager attention is looked up, too (5.1). Before, a model with eager attention took the dequantized path."""
+
+
 def attention_lookup() -> tuple[type, str]:
     """Class and method by which an attention module finds its attention function."""
-    from transformers.modeling_utils import AttentionInterface
+    return AttentionInterface, "get_interface" if SEES_EAGER else "__getitem__"
 
-    return AttentionInterface, "get_interface" if hasattr(AttentionInterface, "get_interface") else "__getitem__"
+
+def attention_function(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that an attention module finds for the implementation ``name``; ``eager`` is its own."""
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    if SEES_EAGER:
+        found: Callable[..., Any] = functions.get_interface(name, eager)
+    else:
+        found = eager if name == "eager" else functions[name]
+    return found
 
 
 def look_up() -> Any:
@@ -75,7 +126,8 @@ def hf_layout(config: Any) -> list[Any]:
 def crop_target(length: int, argument: Any) -> int:
     """Tokens that ``crop(argument)`` leaves of ``length``.
 
-    From 5.15 on the argument is the negative number of tokens to remove, before it was the new length, or negative.
+    A negative argument is the number of tokens to remove. A positive one is the new length, and an error from 5.20 on;
+    0 is a length too before 5.14, then nothing to remove.
 
     Raises
     ------
@@ -83,13 +135,13 @@ def crop_target(length: int, argument: Any) -> int:
         For a positive argument where the version takes none.
     """
     number = int(argument)
-    if VERSION >= (5, 15):
-        if number > 0:
-            raise ValueError(f"crop({number}): must be negative, the number of tokens to remove from the end")
+    if number < 0:
         return max(length + number, 0)
-    if number == 0 and VERSION >= (5, 14):
-        return length
-    return max(length + number, 0) if number < 0 else min(number, length)
+    if number == 0:
+        return length if VERSION >= (5, 14) else 0
+    if VERSION >= (5, 20):
+        raise ValueError(f"crop({number}): must be negative, the number of tokens to remove from the end")
+    return min(number, length)
 
 
 def query_length(argument: Any) -> int:

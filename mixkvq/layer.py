@@ -399,7 +399,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Raises
         ------
         ValueError
-            For a positive number, from transformers 5.15 on.
+            For a positive number, from transformers 5.20 on.
         """
         keep = compat.crop_target(self.length, tokens_to_remove)
         if keep < self.length:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from models import lossless
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
+
+from mixkvq import compat
 
 HEADS, QUERY_HEADS, DIM = 2, 4, 16
 
@@ -35,6 +37,14 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def found(function):
+    """The attention function as a module finds it, with the hook if it is in place."""
+    if compat.SEES_EAGER:
+        return compat.attention_function("eager", function)
+    AttentionInterface.register("one_layer", function)
+    return compat.attention_function("one_layer", function)
+
+
 class Layer:
     """One attention layer without a model around it."""
 
@@ -52,9 +62,8 @@ class Layer:
         self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
         arguments = {"scaling": DIM**-0.5, "dropout": 0.0, **arguments}
         given = self.cache.update(key, value, 0)
-        found = ALL_ATTENTION_FUNCTIONS.get_interface("eager", self.function)
         with torch.no_grad():
-            got = found(Module(), query, *given, mask, **arguments)
+            got = found(self.function)(Module(), query, *given, mask, **arguments)
             want = self.function(Module(), query, self.keys, self.values, mask, **arguments)
         return got[0], want[0]
 

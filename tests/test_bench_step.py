@@ -22,13 +22,14 @@ from mixkvq.bench.machine import Evictor
 from mixkvq.bench.rows import Row, read, times_faster_beyond
 from mixkvq.bench.tiny import fill, states_of, tiny_llama
 from mixkvq.cli import main
+from mixkvq.compat import cache_argument
 from mixkvq.errors import UserError
 from mixkvq.eval.stats import excess_ratio_interval
 
 
 def logits_of(model: Any, cache: Any) -> Any:
     with torch.no_grad():
-        return model(torch.tensor([[7]]), past_key_values=cache).logits[0, 0]
+        return model(torch.tensor([[7]]), **cache_argument(cache)).logits[0, 0]
 
 
 def test_a_filled_cache_is_packed_and_attends_to_what_it_was_filled_with() -> None:

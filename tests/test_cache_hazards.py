@@ -11,6 +11,7 @@ from models import forward, lossless, prompts, tiny
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, arrays, ops
+from mixkvq.compat import cache_argument
 
 HUGE = 2**63 - 1
 
@@ -29,7 +30,7 @@ def test_moving_rows_in_inference_mode_and_going_on_outside(move):
     rows = torch.tensor([1, 0])
     for each in (cache, plain):
         with torch.inference_mode():
-            model(**inputs, past_key_values=each)
+            model(**inputs, **cache_argument(each))
             if move == "reorder":
                 each.reorder_cache(rows)
             elif move == "select":
@@ -38,7 +39,7 @@ def test_moving_rows_in_inference_mode_and_going_on_outside(move):
                 each.batch_repeat_interleave(2)
     batch = 4 if move == "repeat" else 2
     with torch.no_grad():
-        got, want = (model(torch.full((batch, 1), 7), past_key_values=each).logits for each in (cache, plain))
+        got, want = (model(torch.full((batch, 1), 7), **cache_argument(each)).logits for each in (cache, plain))
     assert torch.allclose(got, want, atol=1e-5)
 
 

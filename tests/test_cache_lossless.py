@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import assert_same_tokens, generate, lossless, paths, prompts, tiny
 from transformers import DynamicCache
+from versions import kernel_path
 
 LENGTHS = [1, 100, 128, 129, 1000]
 BLOCKS = [32, 128]
@@ -36,9 +37,9 @@ def compare(family: str, attention: str, length: int, block: int, beams: int, ne
         for a, b in zip(expected(family, attention, length, beams, new_tokens).logits, got.logits, strict=True):
             assert float((a - b).abs().max() / (a.max() - a.min())) < 1e-5
     if length + new_tokens > block + 1:
-        assert paths(cache) == ["packed", "packed"]
+        assert paths(cache) == [kernel_path(attention)] * 2
         assert all(layer.store.blocks.min() >= 0 and layer.store.blocks.max() >= 1 for layer in cache.layers)
-        assert all(layer.dequantizations == 0 for layer in cache.layers)
+        assert all((layer.dequantizations == 0) == (kernel_path(attention) == "packed") for layer in cache.layers)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -21,6 +21,7 @@ from mixkvq import MixKVQCache
 from mixkvq.cli import main
 from mixkvq.cli.answer import answer
 from mixkvq.cli.text import chat_ids
+from mixkvq.compat import cache_argument
 from mixkvq.eval.memory import PeakMemory
 from mixkvq.eval.models import load
 
@@ -36,7 +37,7 @@ def by_hand(folder: str, prompt: str, cache: Any, new: int) -> str:
     model, tokenizer = load(folder)
     ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
     mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=new, do_sample=False)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from mixkvq import MixKVQCache
 from mixkvq.cli.score import Score, teacher_forced
+from mixkvq.compat import cache_argument
 from mixkvq.eval.forced import chunk_ends, kl_divergence
 from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
 
@@ -104,9 +105,9 @@ def test_chunks_on_block_borders_equal_single_tokens(model: Any) -> None:
     exact, ours = DynamicCache(), MixKVQCache("default")
     with torch.inference_mode():
         for cache in (exact, ours):
-            model(ids[:, :150], past_key_values=cache)
+            model(ids[:, :150], **cache_argument(cache))
         for i in range(150, 300):
-            p, q = (model(ids[:, i : i + 1], past_key_values=cache).logits[0] for cache in (exact, ours))
+            p, q = (model(ids[:, i : i + 1], **cache_argument(cache)).logits[0] for cache in (exact, ours))
             single += kl_divergence(p, q).tolist()
     assert chunked.kl == pytest.approx(single, rel=1e-3, abs=1e-5)
 
@@ -114,13 +115,13 @@ def test_chunks_on_block_borders_equal_single_tokens(model: Any) -> None:
 def test_cache_nbytes_of_an_exact_cache(model: Any) -> None:
     cache = DynamicCache()
     assert cache_nbytes(cache) == 0
-    model(text(model, 7), past_key_values=cache)
+    model(text(model, 7), **cache_argument(cache))
     assert cache_nbytes(cache) == 2 * 2 * 2 * 7 * 16 * 4
 
 
 def test_cache_nbytes_of_ours_is_its_report(model: Any) -> None:
     cache = MixKVQCache("default")
-    model(text(model, 300), past_key_values=cache)
+    model(text(model, 300), **cache_argument(cache))
     assert cache_nbytes(cache) == cache.report().nbytes > 0
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mixkvq import MixKVQCache
 from mixkvq.cli import main
+from mixkvq.compat import cache_argument
 from mixkvq.eval import batches
 from mixkvq.eval.batches import continue_batch, pad_left, read_batch
 from mixkvq.eval.generate import greedy, kept, key_of, measure, summarize
@@ -36,14 +37,14 @@ def by_hand(ids: list[int], new: int, cache: Any = None, *, last_alone: bool = F
     found: list[int] = []
     with torch.inference_mode():
         if last_alone:
-            model(torch.tensor([ids[:-1]]), past_key_values=cache)
+            model(torch.tensor([ids[:-1]]), **cache_argument(cache))
             ids = ids[-1:]
         while len(found) < new:
             if cache is None:
                 logits = model(torch.tensor([ids + found])).logits
             else:
                 feed = found[-1:] or ids
-                logits = model(torch.tensor([feed]), past_key_values=cache).logits
+                logits = model(torch.tensor([feed]), **cache_argument(cache)).logits
             found.append(int(logits[0, -1].argmax()))
     return found
 

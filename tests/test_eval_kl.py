@@ -18,6 +18,7 @@ from cli_fixtures import save_tiny_model
 from models import VOCABULARY, tiny
 
 from mixkvq.cli import main
+from mixkvq.compat import cache_argument
 from mixkvq.errors import UserError
 from mixkvq.eval import kl
 from mixkvq.eval.kl import Protocol, key_of, measure, path_note, summarize
@@ -78,7 +79,7 @@ def test_numbers_are_those_of_one_plain_run(tmp_path: Path) -> None:
     with torch.inference_mode():
         for begin, end in zip([0, 140, *PROTOCOL.ends[:-1]], [140, *PROTOCOL.ends], strict=True):
             for name, state in (("p", exact), ("q", cache)):
-                logits[name].append(model(ids[:, begin:end], past_key_values=state).logits[0].double())
+                logits[name].append(model(ids[:, begin:end], **cache_argument(state)).logits[0].double())
     p, q = (torch.cat(parts[1:]).log_softmax(-1) for parts in logits.values())
     row = results.find(key_of(model, window, PROTOCOL, schemes[0]))
     assert row is not None

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from mixkvq.cli import main
+from mixkvq.compat import cache_argument
 from mixkvq.errors import UserError
 from mixkvq.eval.batches import continue_batch
 from mixkvq.eval.lm import MixKVQLM
@@ -81,9 +82,9 @@ def test_likelihoods_are_read_from_coded_blocks_as_in_decoding() -> None:
     context, continuation = (tokenizer.encode(part) for part in PAIRS[4])
     cache, total = measured.scheme.cache(model), 0.0
     with torch.inference_mode():
-        model(torch.tensor([context[:-1]]), past_key_values=cache)
+        model(torch.tensor([context[:-1]]), **cache_argument(cache))
         for token, following in zip([context[-1], *continuation], continuation, strict=False):
-            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            logits = model(torch.tensor([[token]]), **cache_argument(cache)).logits[0, -1]
             total += float(logits.log_softmax(-1)[following])
     assert found == pytest.approx(total, rel=1e-4)
     assert abs(found - plain(*PAIRS[4])[0]) > 0.05

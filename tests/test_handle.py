@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import generate, lossless, paths, prompts, tiny
-from one_layer import HEADS, QUERY_HEADS, Module, attention, packed_layer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from one_layer import HEADS, QUERY_HEADS, Module, attention, found, packed_layer
 
 
 def test_a_handle_computes_as_what_it_stands_for():
@@ -46,9 +45,7 @@ def test_a_stale_handle_is_refused_by_the_kernel_too():
     given = layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
     layer.cache.update(layer.draw(HEADS, 1), layer.draw(HEADS, 1), 0)
     with pytest.raises(RuntimeError, match="stale"):
-        ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(
-            Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0
-        )
+        found(attention)(Module(), layer.draw(QUERY_HEADS, 1), *given, None, scaling=1.0)
 
 
 # ---- handles that are given out again ------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 from models import dense_copy, forward, generate, lossless, paths, prompts, relative_gap, tiny
-from one_layer import DIM, HEADS, QUERY_HEADS, Layer, Module, attention, check, packed_layer
+from one_layer import DIM, HEADS, QUERY_HEADS, Layer, Module, attention, check, found, packed_layer
 from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from versions import needs_eager
 
 import mixkvq
-from mixkvq import MixKVQCache, hook
+from mixkvq import MixKVQCache, compat, hook
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_nothing_is_proved_on_fully_masked_rows(quiet):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=needs_eager)])
 def test_sixteen_bit_models_are_packed(quiet, dtype, implementation):
     """Large scores: eager attention in 16 bits is far from exact there, the tolerance must follow."""
     model = tiny("qwen2", implementation, dtype, initializer_range=0.6)
@@ -179,27 +179,30 @@ def test_queries_with_gradients_get_decoded_keys():
     query = layer.draw(QUERY_HEADS, 1).requires_grad_()
     given = layer.cache.update(key, value, 0)
     with pytest.warns(UserWarning, match="gradients"):
-        output = ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention)(Module(), query, *given, None, scaling=0.25)[
-            0
-        ]
+        output = found(attention)(Module(), query, *given, None, scaling=0.25)[0]
     output.sum().backward()
     assert query.grad.isfinite().all()
 
 
 # ---- installing ----------------------------------------------------------------------------------------------------
+def looked_up():
+    """The method that the hook replaces."""
+    return getattr(*compat.attention_lookup())
+
+
 def test_installing_twice_and_taking_out():
     MixKVQCache()
-    hooked = AttentionInterface.get_interface
+    hooked = looked_up()
     mixkvq.install()
-    assert AttentionInterface.get_interface is hooked
+    assert looked_up() is hooked
     try:
         mixkvq.uninstall()
-        assert AttentionInterface.get_interface is not hooked
+        assert looked_up() is not hooked
         mixkvq.uninstall()
-        assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention) is attention
+        assert found(attention) is attention
     finally:
         mixkvq.install()
-    assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", attention).__wrapped__ is attention
+    assert found(attention).__wrapped__ is attention
 
 
 def test_without_the_hook_everything_is_decoded_and_right():
@@ -228,14 +231,14 @@ def test_without_the_hook_everything_is_decoded_and_right():
 def test_the_environment_can_forbid_the_hook(monkeypatch):
     try:
         mixkvq.uninstall()
-        before = AttentionInterface.get_interface
+        before = looked_up()
         monkeypatch.setenv("MIXKVQ_HOOK", "off")
         MixKVQCache()
-        assert AttentionInterface.get_interface is before
+        assert looked_up() is before
     finally:
         monkeypatch.delenv("MIXKVQ_HOOK")
         mixkvq.install()
-    assert AttentionInterface.get_interface is not before
+    assert looked_up() is not before
 
 
 def test_models_with_another_cache_are_not_touched():

@@ -20,6 +20,7 @@ from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.cli import UserError
 from mixkvq.cli.score import teacher_forced
 from mixkvq.cli.text import question_ids, text_ids
+from mixkvq.compat import cache_argument
 from mixkvq.eval.checkpoints import SMOLLM2
 from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
 from mixkvq.eval.models import load
@@ -83,7 +84,7 @@ def test_lossless_answers_a_question_as_dynamic_cache_does(smollm2):
     answers = []
     for cache in (DynamicCache(config=model.config), MixKVQCache("lossless")):
         with torch.inference_mode():
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+            out = model.generate(ids, **cache_argument(cache), max_new_tokens=30, do_sample=False)
         answers.append(out[0, ids.shape[1] :].tolist())
     assert answers[0] == answers[1]
     assert cache.report().layers[0].path == "packed"

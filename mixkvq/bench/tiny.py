@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import attention_function
 from ..hook import wrap
 from .samples import Sampler, repeated
 
@@ -68,13 +69,12 @@ class Replay:
 
     def __call__(self, cache: Any) -> Tensor:
         """One step; the output of the last layer, [1, 1, Q, D]."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
         with torch.no_grad():
             for index, (module, q, k, v) in enumerate(self._layers):
                 keys, values = cache.update(k, v, index)
-                attention = ALL_ATTENTION_FUNCTIONS.get_interface(self._name, eager_attention_forward)
+                attention = attention_function(self._name, eager_attention_forward)
                 output: Tensor = attention(module, q, keys, values, None, dropout=0.0, scaling=module.scaling)[0]
         return output
 

@@ -198,13 +198,9 @@ def dequantize(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32}
-    try:  # transformers >= 5.20 may otherwise keep the weights packed
-        from transformers import GgufConfig
+    from ..compat import gguf_arguments
 
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass
+    options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32, **gguf_arguments()}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     except ImportError as error:
