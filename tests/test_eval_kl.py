@@ -16,6 +16,7 @@ pytest.importorskip("scipy")
 
 from cli_fixtures import save_tiny_model
 from models import VOCABULARY, tiny
+from versions import needs_new_quantized_cache
 
 from mixkvq.cli import main
 from mixkvq.compat import cache_argument
@@ -158,6 +159,7 @@ def test_wrong_window_length_is_refused(tmp_path: Path) -> None:
         )
 
 
+@needs_new_quantized_cache
 @pytest.mark.parametrize(("name", "bits"), [("quanto-4", 5.0), ("quanto-2", 3.0), ("hqq-4", 5.0), ("hqq-2", 3.0)])
 def test_quantized_caches_of_transformers(name: str, bits: float, tmp_path: Path) -> None:
     """Groups of 64 with a scale and a zero point of 32 bits each, as this float32 model makes them."""
@@ -173,6 +175,7 @@ def test_quantized_caches_of_transformers(name: str, bits: float, tmp_path: Path
     assert [row and row["record_elements"] for row in found] == [2 * 2 * 2 * 64 * n for n in (280, 140)]
 
 
+@needs_new_quantized_cache
 def test_quantized_caches_refuse_windowed_layers() -> None:
     pytest.importorskip("optimum.quanto")
     with pytest.raises(UserError, match=r"scheme quanto-4: .*sliding_attention"):

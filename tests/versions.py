@@ -19,6 +19,10 @@ needs_linear = pytest.mark.skipif(
     compat.LinearLayer is None, reason="before transformers 5.5 caches have no linear layers"
 )
 
+needs_new_quantized_cache = pytest.mark.skipif(
+    compat.VERSION < (5, 20), reason="before, transformers' QuantizedCache coded at other times and took windowed models"
+)
+
 
 def kernel_path(attention: str) -> str:
     """Path of a layer whose attention the kernel can compute, by the name of its implementation."""
