@@ -311,8 +311,12 @@ def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerRe
     states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     length = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
     elements = sum(t.numel() for t in (states or held))
-    linear = compat.LinearMixin is not None and isinstance(layer, compat.LinearMixin)
-    why = reasons.transformers_layer(type(layer).__name__, getattr(layer, "sliding_window", None), linear)
+    why = reasons.transformers_layer(
+        type(layer).__name__,
+        window=getattr(layer, "sliding_window", None),
+        linear=compat.LinearMixin is not None and isinstance(layer, compat.LinearMixin),
+        empty=compat.DummyLayer is not None and isinstance(layer, compat.DummyLayer),
+    )
     return LayerReport(index, NATIVE, why, int(length), held_bytes(held), elements)
 
 

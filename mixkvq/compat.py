@@ -65,6 +65,9 @@ LinearMixin: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
 
 LinearLayer: Any = getattr(cache_utils, "LinearAttentionLayer", None)
 
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
+"""A layer that holds nothing: its module reads the keys and values of an earlier one."""
+
 HybridLayer: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 """A layer with both a linear state and keys and values."""
 

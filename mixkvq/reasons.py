@@ -50,12 +50,14 @@ def packed(function: str) -> Reason:
     return Reason(f"{function} proved to be what the kernel computes", _FINE)
 
 
-def transformers_layer(name: str, window: int | None, linear: bool) -> Reason:
+def transformers_layer(name: str, *, window: int | None = None, linear: bool = False, empty: bool = False) -> Reason:
     """A layer that transformers made and keeps."""
     if window is not None:
         return Reason(f"transformers' {name}: at most {window} tokens are kept", _FINE)
     if linear:
         return Reason(f"transformers' {name}: a state that does not grow", _FINE)
+    if empty:
+        return Reason(f"transformers' {name}: holds nothing, an earlier layer's keys and values are read", _FINE)
     return Reason(f"transformers' {name}", f"{_FINE}: the model needs a layer of its own kind here")
 
 

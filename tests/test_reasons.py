@@ -23,7 +23,16 @@ from mixkvq.reasons import Reason
 from mixkvq.report import LayerReport, Report
 
 PACKAGE = Path(mixkvq.__file__).parent
-SAMPLES = {"str": "name", "int": 7, "bool": True, "float": 0.5, "list[int]": [1, 2], "object": "a thing"}
+SAMPLES = {
+    "str": "name",
+    "int": 7,
+    "bool": True,
+    "float": 0.5,
+    "list[int]": [1, 2],
+    "object": "a thing",
+    "int | None": 7,
+    "Iterable[str]": "ab",
+}
 
 
 def declared() -> dict[str, Reason]:
@@ -33,8 +42,11 @@ def declared() -> dict[str, Reason]:
         if isinstance(thing, Reason):
             found[name] = thing
         elif isinstance(thing, types.FunctionType) and thing.__module__ == reasons.__name__:
-            kinds = [p.annotation for p in inspect.signature(thing).parameters.values()]
-            found[name] = thing(*(SAMPLES.get(kind, ["a", "b"] if "Iterable" in kind else None) for kind in kinds))
+            parameters = inspect.signature(thing).parameters.values()
+            found[name] = thing(*(SAMPLES[p.annotation] for p in parameters if p.default is p.empty))
+            for p in parameters:
+                if p.default is not p.empty:
+                    found[f"{name}({p.name})"] = thing("name", **{p.name: SAMPLES[p.annotation]})
     return found
 
 
@@ -61,7 +73,11 @@ def test_reasons_are_made_in_one_place_and_all_are_used():
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "reasons.py"]
     assert not [path for path in files if "Reason" in calls(path)]
     text = "\n".join(path.read_text() for path in files)
-    unused = [name for name in declared() if not re.search(rf"reasons(\.| import .*\b){name}\b", text)]
+    unused = [
+        name
+        for name in {each.partition("(")[0] for each in declared()}
+        if not re.search(rf"reasons(\.| import .*\b){name}\b", text)
+    ]
     assert not unused
 
 
@@ -73,7 +89,7 @@ def test_a_reason_survives_copies_and_cannot_be_changed():
 
 
 def test_the_report_groups_layers_by_reason():
-    why = [reasons.packed("f"), reasons.transformers_layer("DynamicSlidingWindowLayer", 512, False)]
+    why = [reasons.packed("f"), reasons.transformers_layer("DynamicSlidingWindowLayer", window=512)]
     layers = [LayerReport(i, "native" if i in (2, 5) else "packed", why[i in (2, 5)], 9, 9, 9) for i in range(7)]
     lines = str(Report("default", layers)).splitlines()[-2:]
     assert lines == [

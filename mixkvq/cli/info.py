@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="DIR",
         help="a folder with a model that continues text, with or without an encoder (with config.json only: random "
-        "weights); or smollm2, or a name on a model hub",
+        "weights); or a name, as for mixkvq generate",
     )
     add("--tokens", type=int, help="tokens of documentation to read; default 512, or what the model has positions for")
     add("--preset", default="default", help=f"one of {', '.join(list_presets())}; default: %(default)s")
