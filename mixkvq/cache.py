@@ -142,6 +142,7 @@ class MixKVQCache(LinearStates, DynamicCache):
             raise IndexError(f"layer_idx is {index}, must be 0 or more")
         if self._last >= 0 and not self._learned:
             self._check_model(None)  # the attention of the first layer was not seen
+            self._learned = index <= self._last  # another forward pass: its masks are made for these layers
         if self._last not in (index, -1) and self._last < len(self.layers):
             previous = self.layers[self._last]  # its attention has run by now
             if isinstance(previous, MixKVQLayer) and previous.waiting:
@@ -251,8 +252,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         if have is not None and not isinstance(have, MixKVQLayer):
             return have  # a linear layer that holds its state
         self._recording(theirs)
-        if have is not None and have.length:  # in the first forward pass, when nothing is packed yet
-            theirs.update(*have.states)
+        if have is not None and have.length:  # in the first forward pass
+            theirs.update(*have.decode())
         return theirs
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

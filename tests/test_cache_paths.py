@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from models import assert_same_tokens, generate, lossless, prompts, tiny
+from models import assert_same_tokens, forward, generate, lossless, prompts, relative_gap, tiny
 from transformers import DynamicCache
 from versions import kernel_path, needs_eager, with_stock_cache
 
 from mixkvq.compat import cache_argument
+from mixkvq.layer import MixKVQLayer
 
 PACKED, NATIVE, DECODED = "packed", "native", "dequantized"
 CASES = [
@@ -86,3 +87,33 @@ def test_compiled_models_are_right():
                     logits = compiled(
                         input_ids=logits[:, -1:].argmax(-1), attention_mask=mask, **cache_argument(cache)
                     ).logits
+
+
+def test_a_layout_that_comes_late_is_not_taken(monkeypatch):
+    """A compiled prompt does not show the layout, and masks of a later pass are made for the layers as they are."""
+    model, ids = tiny("gemma2", "eager", num_hidden_layers=4), prompts([80])["input_ids"]
+    expected, cache = DynamicCache(config=model.config), lossless()
+    for begin, end in ((0, 60), *((i, i + 1) for i in range(60, 80))):
+        for module in ("cache", "lookup"):
+            monkeypatch.setattr(f"mixkvq.{module}.is_compiling", lambda compiled=begin == 0: compiled)
+        want, got = (forward(model, c, ids[:, begin:end]) for c in (expected, cache))
+        assert relative_gap(got, want) < 1e-5
+    assert {type(layer) for layer in cache.layers} == {MixKVQLayer} and cache.layers[0].store.blocks.tolist() == [2]
+
+
+def test_a_layout_that_comes_after_something_was_packed(monkeypatch):
+    """In the first pass, when the attention of the first layer was not seen: what it decodes to is taken over."""
+    model, ids = tiny("gemma2", "eager", seed=9, num_hidden_layers=4), prompts([80])["input_ids"]
+    expected, cache, attention = DynamicCache(config=model.config), lossless(), model.model.layers[0].self_attn
+    forward_of_first = attention.forward
+
+    def unseen(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr("mixkvq.lookup.is_compiling", lambda: True)
+            return forward_of_first(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", unseen)
+    for begin, end in ((0, 60), *((i, i + 1) for i in range(60, 80))):
+        want, got = (forward(model, c, ids[:, begin:end]) for c in (expected, cache))
+        assert relative_gap(got, want) < 1e-5
+    assert [type(a) for a in cache.layers[::2]] == [type(a) for a in expected.layers[::2]]
