@@ -29,7 +29,8 @@ def tiny(
     config = getattr(transformers, f"{about.config}Config")(**{**about.fields, **_TOKENS, **changes})
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    return getattr(transformers, about.model or f"{about.config}ForCausalLM")(config).to(dtype).eval()
+    with torch.inference_mode(False):  # whoever asks first
+        return getattr(transformers, about.model or f"{about.config}ForCausalLM")(config).to(dtype).eval()
 
 
 def prompts(lengths: Sequence[int], seed: int = 1) -> dict[str, torch.Tensor]:
@@ -47,16 +48,15 @@ def lossless(block: int = 32, **fields: Any) -> MixKVQCache:
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, new_tokens: int, **options: Any) -> Any:
-    """``model.generate`` without sampling, with all logits."""
+    """``model.generate`` with all logits, without sampling unless the options say otherwise."""
     return model.generate(
         **inputs,
         **cache_argument(cache),
         max_new_tokens=new_tokens,
-        do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
         output_scores=True,
-        **options,
+        **{"do_sample": False, **options},
     )
 
 
@@ -81,10 +81,16 @@ def assert_same_tokens(expected: Any, got: Any, tolerance: float = 1e-5) -> None
 
 
 def forward(
-    model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+    model: Any,
+    cache: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    gradients: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
-    """Logits of one forward pass without gradients; the cache grows."""
-    with torch.no_grad():
+    """Logits of one forward pass; the cache grows."""
+    with torch.set_grad_enabled(gradients):
         return model(input_ids=ids, attention_mask=mask, **cache_argument(cache), use_cache=True, **options).logits
 
 

@@ -14,15 +14,17 @@ SAMPLE = {"llama", "gemma2", "qwen3_next", "bloom"}
 
 
 def cases():
-    for family in FAMILIES.values():
-        for attention in family.attention:
-            small = family.name in SAMPLE and attention == family.attention[0]
-            marks = () if small else (pytest.mark.slow, pytest.mark.matrix)
-            yield pytest.param(family, attention, marks=marks, id=f"{family.name}-{attention}")
+    for name, scenario in SCENARIOS.items():
+        for family in FAMILIES.values():
+            if scenario.families is not None and family.name not in scenario.families:
+                continue
+            for attention in family.attention:
+                small = family.name in SAMPLE and attention == family.attention[0] and not scenario.slow
+                marks = () if small else (pytest.mark.slow, pytest.mark.matrix)
+                yield pytest.param(family, attention, name, marks=marks, id=f"{family.name}-{attention}-{name}")
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("family, attention", list(cases()))
+@pytest.mark.parametrize("family, attention, scenario", list(cases()))
 def test_same_as_the_stock_cache(family, attention, scenario, record_property):
     for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths))):
         record_property(name, value)

@@ -1,0 +1,245 @@
+"""`Case`: a family with one of its attention implementations; `scenario`: the registry of what is done with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import models
+import pytest
+import torch
+from families import VOCABULARY, Family
+from models import prompts, tiny
+from transformers import DynamicCache, EncoderDecoderCache
+
+from mixkvq import MixKVQCache
+
+from . import judging
+
+SHORT = {"block_length": 32, "residual_length": 32, "key_group_size": 32}
+"""Fields of a quantized cache, so that short prompts are packed."""
+EIGHT_BITS = {"key_patterns": {8: 64}, "value_bits": 8, "precision": "exact"}
+"""Fields of a cache that is quantized, but finely."""
+
+
+@dataclass
+class Case:
+    """A family with one of its attention implementations, and how scenarios use it."""
+
+    family: Family
+    attention: str
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def model(self) -> Any:
+        """The tiny model."""
+        return tiny(self.family.name, self.attention, self.dtype)
+
+    def another_model(self) -> Any:
+        """A model of the same family with other weights."""
+        return tiny(self.family.name, self.attention, self.dtype, seed=1)
+
+    # ---- caches ----------------------------------------------------------------------------------------------------
+    def stock(self) -> Any:
+        """The cache that transformers would use."""
+        return self._pair(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    def lossless(self, **fields: Any) -> Any:
+        """Ours, that changes nothing."""
+        return self._pair(models.lossless(**fields))
+
+    def quantized(self, preset: str = "default", **fields: Any) -> Any:
+        """Ours, quantized, with short blocks."""
+        return self._pair(MixKVQCache(preset, **SHORT | fields))
+
+    def _pair(self, cache: Any) -> Any:
+        return EncoderDecoderCache(cache, DynamicCache()) if self.family.encoder else cache
+
+    @staticmethod
+    def ours(cache: Any) -> MixKVQCache:
+        """The part of a cache that is ours."""
+        return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+    def reader(self, cache: Any, lengths: Sequence[int] = (), batch: int = 1) -> Reader:
+        """See `Reader`."""
+        return Reader(self, cache, lengths, batch)
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+    @property
+    def ids(self) -> str:
+        """Name of the tokens among `inputs`."""
+        return "decoder_input_ids" if self.family.encoder else "input_ids"
+
+    @property
+    def mask(self) -> str:
+        """Name of their mask."""
+        return "decoder_attention_mask" if self.family.encoder else "attention_mask"
+
+    def inputs(self, lengths: list[int], seed: int = 1) -> dict[str, torch.Tensor]:
+        """Arguments of `generate`: prompts of these lengths, padded on the left."""
+        inputs = prompts(lengths, seed)
+        if not self.family.encoder:
+            return inputs
+        return {
+            **prompts([24] * len(lengths), seed + 100),
+            "decoder_input_ids": inputs["input_ids"],
+            "decoder_attention_mask": inputs["attention_mask"],
+        }
+
+    def generate(self, inputs: dict[str, torch.Tensor], cache: Any, new_tokens: int = 20, **options: Any) -> Any:
+        """Generation, greedy unless the options say otherwise, with all logits."""
+        return models.generate(self.model, inputs, cache, new_tokens, **options)
+
+    def forward(
+        self, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, *, model: Any = None, **options: Any
+    ) -> torch.Tensor:
+        """Logits of a forward pass (of the decoder)."""
+        model = self.model if model is None else model
+        if self.family.encoder:
+            options |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+            return models.forward(model, cache, prompts([24] * len(ids), 101)["input_ids"], None, **options)
+        return models.forward(model, cache, ids, mask, **options)
+
+    # ---- judging ---------------------------------------------------------------------------------------------------
+    def compare(
+        self, run: Callable[[Any], Any], tolerance: float = 1e-5, *, books: bool = True
+    ) -> tuple[MixKVQCache, MixKVQCache, MixKVQCache]:
+        """Run with the stock cache, with ours that changes nothing, with 3 and with 8 bits, and judge all of them.
+
+        Parameters
+        ----------
+        run : function of a cache
+            Returns what `generate` gives, or logits, or a list of such.
+        tolerance : float
+            How far lossless logits may be off, in units of their range.
+        books : bool
+            Whether the caches' own accounts are compared too.
+
+        Returns
+        -------
+        Our caches after it: lossless, default, 8 bits.
+        """
+        stock = self.stock()
+        try:
+            want = run(stock)
+        except Exception as error:
+            pytest.skip(f"DynamicCache fails too: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}")
+        lossless, default, fine = self.lossless(), self.quantized(), self.quantized(**EIGHT_BITS)
+        judging.assert_same(want, run(lossless), tolerance)
+        judging.assert_sane(want, run(default), run(fine))
+        for cache in (lossless, default, fine) if books else ():
+            judging.assert_same_books(stock, cache)
+        for cache, rounding in ((lossless, tolerance), (default, judging.PRECISION), (fine, tolerance)):
+            judging.assert_reads_what_it_holds(self, cache, max(rounding, tolerance))
+        return self.ours(lossless), self.ours(default), self.ours(fine)
+
+
+class Reader:
+    """Feeds random tokens to a cache, keeps the attention mask, and collects the logits of all real tokens.
+
+    Parameters
+    ----------
+    case : Case
+    cache : Any
+    lengths : sequence of int
+        Of the prompts that are read at once, padded on the left; none: nothing is read yet.
+    batch : int
+        Rows, if there are no prompts.
+    """
+
+    def __init__(self, case: Case, cache: Any, lengths: Sequence[int] = (), batch: int = 1) -> None:
+        self.case, self.cache, self.logits = case, cache, []
+        self._generator = torch.Generator().manual_seed(11)
+        self.mask = torch.ones(len(lengths) or batch, 0, dtype=torch.long)
+        if lengths:
+            self.read(max(lengths), prompts(lengths)["attention_mask"])
+
+    def read(
+        self,
+        tokens: int,
+        mask: torch.Tensor | None = None,
+        *,
+        own_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        """Read so many tokens; ``mask`` [batch, tokens] says which are real, ``own_mask`` replaces the model's."""
+        batch = len(self.mask)
+        ids = torch.randint(2, VOCABULARY, (batch, tokens), generator=self._generator)
+        mask = torch.ones(batch, tokens, dtype=torch.long) if mask is None else mask
+        self.mask = torch.cat([self.mask, mask], 1)
+        given = self.mask if own_mask is None else own_mask
+        self.logits.append(self.case.forward(self.cache, ids, given, **options)[mask.bool()])
+
+    def steps(self, number: int) -> None:
+        """Read token by token."""
+        for _ in range(number):
+            self.read(1)
+
+    def crop(self, tokens: int) -> None:
+        """Take the last tokens back."""
+        self.cache.crop(-tokens)
+        self.mask = self.mask[:, : self.mask.shape[1] - tokens]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """The cache was told to keep these rows."""
+        self.mask = self.mask[rows]
+
+    def copy(self, how: Callable[[Any], Any] = copy.deepcopy) -> Reader:
+        """A reader of the same tokens to come, without logits, on a copy of the cache."""
+        other = Reader(self.case, how(self.cache))
+        other.mask = self.mask
+        other._generator.set_state(self._generator.get_state())
+        return other
+
+
+# ---- the registry --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Scenario:
+    """One thing that people do.
+
+    Attributes
+    ----------
+    function : function of a case
+    decoder_only : str
+        Why models with an encoder cannot do it, if so.
+    families : tuple of str or None
+        Where it does not depend on the family, the only ones on which it is tried.
+    slow : bool
+        Whether it is left out of the default test run everywhere.
+    """
+
+    function: Callable[[Case], None]
+    decoder_only: str = ""
+    families: tuple[str, ...] | None = None
+    slow: bool = False
+
+    def __call__(self, case: Case) -> None:
+        if self.decoder_only and case.family.encoder:
+            pytest.skip(self.decoder_only)
+        self.function(case)
+
+
+SCENARIOS: dict[str, Scenario] = {}
+"""All scenarios by name."""
+
+
+def scenario(
+    name: str = "", *, decoder_only: str = "", families: tuple[str, ...] | None = None, slow: bool = False
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Register a scenario.
+
+    Parameters
+    ----------
+    name : str
+        Default: the function's.
+    decoder_only, families, slow
+        As in `Scenario`.
+    """
+
+    def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
+        SCENARIOS[name or function.__name__] = Scenario(function, decoder_only, families, slow)
+        return function
+
+    return register

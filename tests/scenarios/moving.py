@@ -1,0 +1,177 @@
+"""Rows that move, tokens that are taken back, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from .case import Case, scenario
+
+LENGTHS = [90, 70, 53]
+
+
+def _after(case: Case, *operations: tuple[Callable[[Any], None], list[int]]) -> None:
+    """Steps after operations, each of which leaves these rows."""
+
+    def run(cache):
+        reader = case.reader(cache, LENGTHS)
+        reader.steps(3)
+        for operation, rows in operations:
+            operation(cache)
+            reader.keep_rows(rows)
+            reader.steps(2)
+        reader.read(30)
+        reader.steps(2)
+        return reader.logits
+
+    case.compare(run)
+
+
+@scenario()
+def reorder(case: Case) -> None:
+    _after(case, (lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]))
+
+
+@scenario()
+def select(case: Case) -> None:
+    """By a tensor, a list, a tuple and a mask."""
+    _after(
+        case,
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0, 1, 2])), [2, 0, 1, 2]),
+        (lambda cache: cache.batch_select_indices([1, 3, 2]), [1, 3, 2]),
+        (lambda cache: cache.batch_select_indices((2, 1, 0)), [2, 1, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    )
+
+
+@scenario()
+def repeat(case: Case) -> None:
+    _after(case, (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]))
+
+
+# ---- taking tokens back --------------------------------------------------------------------------------------------
+def _crop(case: Case, *, recording: bool) -> None:
+    """Into the window, to and into packed blocks and sinks, and then again."""
+
+    def run(cache):
+        if recording:
+            cache.activate_past_recording()
+        whole, logits = case.reader(cache, LENGTHS), []
+        whole.steps(5)
+        for depth in (1, 3, 20, 33, 50, 64, 80, 90):
+            reader = whole.copy()
+            reader.crop(depth)
+            reader.steps(2)
+            reader.read(34)
+            reader.steps(1)
+            reader.crop(36)
+            reader.steps(1)
+            logits += reader.logits
+        return whole.logits + logits
+
+    case.compare(run)
+
+
+@scenario()
+def crop_at_every_depth(case: Case) -> None:
+    _crop(case, recording=False)
+
+
+@scenario()
+def crop_at_every_depth_of_a_recorded_past(case: Case) -> None:
+    _crop(case, recording=True)
+
+
+@scenario()
+def rollback_after_every_call(case: Case) -> None:
+    """As assisted generation does, which says so before there is a layer."""
+
+    def run(cache):
+        cache.activate_past_recording()
+        reader = case.reader(cache, [90])
+        reader.crop(0)
+        for read, back in ((6, 2), (6, 5), (1, 0), (40, 7), (6, 6), (6, 0), (6, 3)):
+            reader.read(read)
+            reader.crop(back)
+        reader.read(5)
+        reader.crop(0)
+        return reader.logits
+
+    case.compare(run)
+
+
+@scenario()
+def rollback_expected_after_the_prompt(case: Case) -> None:
+    def run(cache):
+        reader = case.reader(cache, [90])
+        cache.activate_past_recording()
+        reader.read(6)
+        reader.crop(4)
+        reader.read(33)
+        reader.steps(3)
+        return reader.logits
+
+    case.compare(run)
+
+
+def _reset(case: Case, lengths: list[int]) -> None:
+    def run(cache):
+        first = case.generate(case.inputs([60, 45]), cache, 5)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        return [first, case.generate(case.inputs(lengths, seed=8), cache, 12)]
+
+    case.compare(run)
+
+
+@scenario()
+def reset_and_reuse(case: Case) -> None:
+    _reset(case, [70, 52])
+
+
+@scenario()
+def reset_and_reuse_with_more_rows(case: Case) -> None:
+    _reset(case, [70, 52, 33])
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+def _copied(case: Case, how: Callable[[Any], Any]) -> None:
+    """A copy and its original go on, one after the other."""
+
+    def run(cache):
+        reader = case.reader(cache, LENGTHS)
+        reader.steps(2)
+        other = reader.copy(how)
+        other.read(33)
+        other.steps(2)
+        reader.steps(2)
+        return reader.logits + other.logits
+
+    case.compare(run)
+
+
+@scenario()
+def deep_copies(case: Case) -> None:
+    _copied(case, copy.deepcopy)
+
+
+@scenario()
+def pickles(case: Case) -> None:
+    _copied(case, lambda cache: pickle.loads(pickle.dumps(cache)))
+
+
+@scenario()
+def data_parallel_gathering(case: Case) -> None:
+    """Iterating gives keys and values, from which DistributedDataParallel makes a stock cache."""
+
+    def gathered(cache):
+        if isinstance(cache, EncoderDecoderCache):
+            return EncoderDecoderCache(iter(cache))
+        return DynamicCache(iter(cache))
+
+    _copied(case, gathered)
