@@ -30,7 +30,7 @@ def tiny(
     config._attn_implementation = attention
     torch.manual_seed(seed)
     with torch.inference_mode(False):  # whoever asks first
-        return getattr(transformers, about.model or f"{about.config}ForCausalLM")(config).to(dtype).eval()
+        return getattr(transformers, about.model)(config).to(dtype).eval()
 
 
 def prompts(lengths: Sequence[int], seed: int = 1) -> dict[str, torch.Tensor]:
@@ -83,15 +83,17 @@ def assert_same_tokens(expected: Any, got: Any, tolerance: float = 1e-5) -> None
 def forward(
     model: Any,
     cache: Any,
-    ids: torch.Tensor,
+    ids: torch.Tensor | None,
     mask: torch.Tensor | None = None,
     *,
     gradients: bool = False,
     **options: Any,
 ) -> torch.Tensor:
     """Logits of one forward pass; the cache grows."""
+    given = {"input_ids": ids, "attention_mask": mask, **options}
+    given = {name: value for name, value in given.items() if value is not None}
     with torch.set_grad_enabled(gradients):
-        return model(input_ids=ids, attention_mask=mask, **cache_argument(cache), use_cache=True, **options).logits
+        return model(**given, **cache_argument(cache), use_cache=True).logits
 
 
 def dense_copy(cache: MixKVQCache, config: Any = None) -> DynamicCache:

@@ -26,10 +26,10 @@ def cases():
 
 @pytest.mark.parametrize("family, attention, scenario", list(cases()))
 def test_same_as_the_stock_cache(family, attention, scenario, record_property):
-    for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths))):
+    for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths(attention)))):
         record_property(name, value)
-    if not family.present:
-        pytest.skip(f"transformers {'.'.join(map(str, family.since))} brings it")
+    if family.absent:
+        pytest.skip(family.absent)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dequantized layers say so

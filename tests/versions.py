@@ -20,7 +20,8 @@ needs_linear = pytest.mark.skipif(
 )
 
 needs_new_quantized_cache = pytest.mark.skipif(
-    compat.VERSION < (5, 20), reason="before, transformers' QuantizedCache coded at other times and took windowed models"
+    compat.VERSION < (5, 20),
+    reason="before, transformers' QuantizedCache coded at other times and took windowed models",
 )
 
 

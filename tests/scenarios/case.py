@@ -82,11 +82,16 @@ class Case:
         inputs = prompts(lengths, seed)
         if not self.family.encoder:
             return inputs
-        return {
-            **prompts([24] * len(lengths), seed + 100),
-            "decoder_input_ids": inputs["input_ids"],
-            "decoder_attention_mask": inputs["attention_mask"],
-        }
+        decoder = {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+        return {**self.encoded(len(lengths), seed + 100), **decoder}
+
+    def encoded(self, batch: int, seed: int = 101) -> dict[str, torch.Tensor]:
+        """What the encoder reads."""
+        if self.family.encoder == "input_ids":
+            return prompts([24] * batch, seed)
+        config = self.model.config  # Whisper: a spectrogram of fixed length
+        shape = batch, config.num_mel_bins, 2 * config.max_source_positions
+        return {self.family.encoder: torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
     def generate(self, inputs: dict[str, torch.Tensor], cache: Any, new_tokens: int = 20, **options: Any) -> Any:
         """Generation, greedy unless the options say otherwise, with all logits."""
@@ -98,8 +103,8 @@ class Case:
         """Logits of a forward pass (of the decoder)."""
         model = self.model if model is None else model
         if self.family.encoder:
-            options |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-            return models.forward(model, cache, prompts([24] * len(ids), 101)["input_ids"], None, **options)
+            options |= {**self.encoded(len(ids)), "decoder_input_ids": ids, "decoder_attention_mask": mask}
+            ids = mask = None
         return models.forward(model, cache, ids, mask, **options)
 
     # ---- judging ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .case import Case, scenario
 def greedy(case: Case) -> None:
     caches = case.compare(lambda cache: case.generate(case.inputs([90, 53]), cache, 24))
     for cache in caches:
-        assert tuple(models.paths(cache)) == case.family.paths
+        assert tuple(models.paths(cache)) == case.family.paths(case.attention)
 
 
 @scenario()
