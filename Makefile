@@ -5,6 +5,7 @@
 #   make accuracy what the presets promise, measured on that model (minutes)
 #   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
 #   make simde    the core's tests for the AVX-512 kernels on a CPU without AVX-512
+#   make versions the tests of the cache on an older transformers (VERSIONS="5.8.1 5.17.0": on these)
 #   make instructions   what decode and flush execute, counted by valgrind, against the recorded counts
 #
 # Each makes .venv, installs what it needs, builds and runs; what is up to date is not done again.
@@ -23,7 +24,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp benchmarks/*.c)
 
-.PHONY: demo test slow accuracy qemu simde instructions lint format clean FORCE
+.PHONY: demo test slow accuracy qemu simde versions instructions lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -43,6 +44,9 @@ qemu: $(DONE)/venv
 
 simde: $(DONE)/package
 	PYTHON=$(BIN)/python tests/lanes/simde.sh
+
+versions: $(DONE)/package
+	PYTHON=$(BIN)/python tests/lanes/versions.sh
 
 # needs valgrind and objdump; RECORD=--record makes the counts of this build the recorded ones
 instructions: $(DONE)/package

@@ -98,8 +98,6 @@ def attention_function(name: str, eager: Callable[..., Any]) -> Callable[..., An
 
 def look_up() -> Any:
     """Look an attention function up, as a module does."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     _, name = attention_lookup()
     arguments = ("eager", look_up) if name == "get_interface" else ("sdpa",)
     return getattr(ALL_ATTENTION_FUNCTIONS, name)(*arguments)
