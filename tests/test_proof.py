@@ -190,6 +190,17 @@ def test_a_window_that_bites_later_is_not_read_packed_then(masked):
     assert mine.dequantizations == 36 and mine.decoded_for == reasons.window(64)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_shorter_than_the_prompt_is_found_out(masked):
+    mask = causal(100, 100)
+    layer = Layer(lossless(), windowed)
+    steps = [
+        (1, torch.ones(1, 1, 1, n, dtype=torch.bool) if masked else None, {"sliding_window": 64}) for n in (101, 102)
+    ]
+    mine = right_throughout(layer, (100, mask, {"sliding_window": 64}), *steps)
+    assert mine.path == "dequantized" and "windowed does not compute" in mine.reason.what
+
+
 def test_a_window_in_the_mask_beyond_which_was_proved_is_read_packed():
     """sdpa and eager attention leave the window to the mask."""
 

@@ -163,7 +163,7 @@ def through_cache(states: LayerStates, cache: Any, prompt: int) -> Seen:
         last = first.attend(first.logits(first.key, prompt - 1), first.value, prompt - 1)
         call = AttentionCall(
             states.layer,
-            recorded_attention,
+            softmax_attention,
             SimpleNamespace(),
             query[None],
             key[None],
@@ -179,9 +179,29 @@ def through_cache(states: LayerStates, cache: Any, prompt: int) -> Seen:
     return Seen(key[0], value[0], coded, cache)
 
 
-def recorded_attention(*_: Any, **__: Any) -> Any:
-    """Stands for the attention function of a recorded call, whose result is known."""
-    raise AssertionError("a recorded call is not computed again")
+def softmax_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of a recorded call, for rows that were not recorded; without a mask they see all keys."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2), None
 
 
 @dataclass(frozen=True)

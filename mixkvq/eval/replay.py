@@ -42,8 +42,10 @@ class AttentionCall:
         """Let a cache see the call."""
 
         @functools.wraps(self.function)  # the hook knows attention functions by name
-        def attention(*args: Any, **kwargs: Any) -> Any:
-            return self.result
+        def attention(module: Any, query: Any, *rest: Any, **kwargs: Any) -> Any:
+            if query is self.query:
+                return self.result
+            return self.function(module, query, *rest, **kwargs)  # the proof tries other queries
 
         key, value = cache.update(self.key, self.value, self.layer)
         wrap(attention)(self.module, self.query, key, value, *self.rest, **self.arguments)
@@ -110,7 +112,7 @@ class _IndexingCache(DynamicCache):
 @contextmanager
 def _recording(calls: list[AttentionCall]) -> Iterator[None]:
     owner, name = compat.attention_lookup()
-    original = getattr(owner, name)
+    original, owned = getattr(owner, name), owner.__dict__.get(name)
 
     @functools.wraps(original)
     def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,4 +133,7 @@ def _recording(calls: list[AttentionCall]) -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if owned is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, owned)
