@@ -3,6 +3,7 @@
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
 #   make accuracy what the presets promise, measured on that model (minutes)
+#   make matrix   every model family in every scenario, with a table (many minutes)
 #   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
 #   make simde    the core's tests for the AVX-512 kernels on a CPU without AVX-512
 #   make versions the tests of the cache on an older transformers (VERSIONS="5.8.1 5.17.0": on these)
@@ -24,7 +25,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp benchmarks/*.c)
 
-.PHONY: demo test slow accuracy qemu simde versions instructions lint format clean FORCE
+.PHONY: demo test slow matrix accuracy qemu simde versions instructions lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -34,7 +35,11 @@ test: $(DONE)/package
 	$(BIN)/python -P -m pytest $(TESTFLAGS)
 
 slow: $(DONE)/package $(DONE)/model
-	$(BIN)/python -P -m pytest -m "slow and not exhaustive" $(TESTFLAGS)
+	$(BIN)/python -P -m pytest -m "slow and not exhaustive and not matrix" $(TESTFLAGS)
+
+# TABLE=docs/models.md writes the table there
+matrix: $(DONE)/package
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest tests/test_matrix.py -m "" -n auto $(addprefix --table ,$(TABLE)) $(TESTFLAGS)
 
 accuracy: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)

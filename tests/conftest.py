@@ -16,7 +16,7 @@ if find_spec("torch") is None or find_spec("transformers") is None:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--table", metavar="FILE", help="write the families x scenarios table of this run as Markdown")
+    parser.addoption("--table", metavar="FILE", help="write the table of test_matrix.py between the marks in FILE")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -27,4 +27,4 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_sep("-", "families x scenarios")
         terminalreporter.write_line(table.markdown())
     if file := config.getoption("--table"):
-        Path(file).write_text(table.markdown() + "\n")
+        table.write(Path(file))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+
+MARKS = "<!-- table of make matrix -->", "<!-- end of table -->"
 
 
 @dataclass
@@ -65,6 +68,15 @@ class Table:
             )
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in notes.items())])
+
+    def write(self, file: Path) -> None:
+        """Replace what a Markdown file has between `MARKS`."""
+        begin, end = MARKS
+        before, found, rest = file.read_text().partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found and found_end):
+            raise ValueError(f"--table is {file}, must be a file with the lines {begin} and {end}")
+        file.write_text(f"{before}{begin}\n\n{self.markdown()}\n\n{end}{after}")
 
 
 def shorten(path: str) -> str:

@@ -1,0 +1,52 @@
+"""The table that `test_matrix.py` prints, from reports that are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from matrix_table import MARKS, Table
+
+
+def report(name: str, attention: str, scenario: str, why: str = "") -> SimpleNamespace:
+    return SimpleNamespace(
+        nodeid=f"tests/test_matrix.py::test[{name}-{attention}-{scenario}]",
+        user_properties=[("family", name), ("attention", attention), ("path", "native packed packed")],
+        longrepr=("file", 1, f"Skipped: {why}"),
+    )
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table.of(
+        {
+            "passed": [report("llama", "sdpa", "greedy"), report("llama", "eager", "greedy")],
+            "failed": [report("bart", "sdpa", "beams")],
+            "skipped": [
+                report("llama", "sdpa", "crop", "DynamicCache fails too"),
+                report("bart", "sdpa", "crop", "DynamicCache fails too"),
+                report("bart", "sdpa", "pickle", "no"),
+                SimpleNamespace(nodeid="another test", user_properties=[], longrepr=("", 1, "")),
+            ],
+        }
+    )
+
+
+def test_rows_and_notes(table: Table) -> None:
+    assert table.markdown().splitlines()[2:] == [
+        "| llama | eager, sdpa | 1 native, 2 packed | 2 | 0 | crop [1] |",
+        "| bart | sdpa | 1 native, 2 packed | 0 | 1 | crop [1]; pickle [2] |",
+        "",
+        "1. DynamicCache fails too",
+        "2. no",
+    ]
+
+
+def test_it_is_written_between_marks(table, tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    table.write(file)
+    assert file.read_text() == f"before\n{MARKS[0]}\n\n{table.markdown()}\n\n{MARKS[1]}\nafter\n"
+    file.write_text("no marks")
+    with pytest.raises(ValueError, match=r"--table is .*page\.md, must be a file with the lines"):
+        table.write(file)
