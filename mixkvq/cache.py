@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import compat, reasons
 from .arrays import precision_code
@@ -18,7 +18,7 @@ from .config import MixKVQConfig
 from .handle import Handles, PackedHandle
 from .hook import TAG, Tag, install
 from .layer import NATIVE, MixKVQLayer
-from .linear import LinearStates
+from .linear import LinearStates, move_states
 from .report import LayerReport, Ledger, Report, held_bytes, tensors_in
 from .states import check_states
 
@@ -252,6 +252,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         if have is not None and not isinstance(have, MixKVQLayer):
             return have  # a linear layer that holds its state
         self._recording(theirs)
+        if compat.LinearMixin is not None and isinstance(have, compat.LinearMixin):
+            move_states(have, theirs)
         if have is not None and have.length:  # in the first forward pass
             theirs.update(*have.decode())
         return theirs
@@ -262,7 +264,20 @@ class MixKVQCache(LinearStates, DynamicCache):
         if layer_idx == 0 and isinstance(first, MixKVQLayer) and not first.length:
             lengths = (layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length"))
             return next((n for n in lengths if n), 0)
-        return int(super().get_seq_length(layer_idx))
+        return 0 if self._unknown(layer_idx) else int(super().get_seq_length(layer_idx))
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Columns of a layer's mask for this many new queries, and the first column."""
+        if self._unknown(layer_idx):
+            return compat.query_length(query_length), 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def _unknown(self, layer_idx: int) -> bool:
+        """Whether a layer with a linear state may turn out to have keys too, which its first attention call tells."""
+        if self._learned or not self._is_linear(layer_idx) or isinstance(self.layers[layer_idx], CacheLayerMixin):
+            return False
+        return layer_idx > 0 or not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
 
     # ---- the whole cache -------------------------------------------------------------------------------------------
     def activate_past_recording(self) -> None:

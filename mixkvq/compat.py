@@ -68,6 +68,9 @@ LinearLayer: Any = getattr(cache_utils, "LinearAttentionLayer", None)
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 """A layer that holds nothing: its module reads the keys and values of an earlier one."""
 
+IndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+"""A layer that also caches the keys of a sparse attention's indexer."""
+
 HybridLayer: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 """A layer with both a linear state and keys and values."""
 

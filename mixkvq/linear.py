@@ -55,10 +55,21 @@ if compat.HybridLayer is not None:
         activate_past_recording = MixKVQLayer.activate_past_recording
 
 
+def move_states(old: Any, new: Any) -> None:
+    """Give a layer the linear states of another, which has none then."""
+    for name, nothing in vars(compat.LinearLayer()).items():
+        if name in vars(old):
+            setattr(new, name, getattr(old, name))
+            setattr(old, name, nothing)
+
+
 class LinearStates(Cache):
-    """The part of a cache that serves linear layers; `MixKVQCache` has the rest."""
+    """The part of a cache that serves linear and indexed layers; `MixKVQCache` has the rest."""
 
     def _new_layer(self, index: int) -> MixKVQLayer:
+        raise NotImplementedError
+
+    def _account_foreign(self, index: int) -> None:
         raise NotImplementedError
 
     def _is_linear(self, layer_idx: int) -> bool:
@@ -67,6 +78,9 @@ class LinearStates(Cache):
             and layer_idx < len(self.layers)
             and isinstance(self.layers[layer_idx], compat.LinearMixin)
         )
+
+    def _has_state(self, layer_idx: int, state_idx: int) -> bool:
+        return self._is_linear(layer_idx) and state_idx < getattr(self.layers[layer_idx], "number_of_states", 1)
 
     def _to_hybrid(self, layer_idx: int, number_of_states: int) -> None:
         """Give the layer both kinds of state and keep what it has."""
@@ -106,17 +120,33 @@ class LinearStates(Cache):
         index = {"state_idx": state_idx} if state_idx else {}
         return super().update_recurrent_state(recurrent_states, layer_idx, **index, **kwargs)
 
+    def update_indexer(self, indexer_key_states: Any, layer_idx: int) -> Any:
+        """As in `Cache`: the keys by which sparse attention chooses tokens. Such a layer stays transformers' own."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer(len(self.layers)))
+        have: Any = self.layers[layer_idx]
+        if isinstance(have, MixKVQLayer):
+            self.layers[layer_idx] = new = compat.IndexedLayer()
+            if have.length:
+                new.update(have.keys, have.values)
+            have.reset()  # its bytes leave the ledger
+            self._account_foreign(layer_idx)
+        return super().update_indexer(indexer_key_states, layer_idx)
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        """As in `Cache`; None for a layer that does not exist yet."""
-        return super().get_conv_state(layer_idx, state_idx) if self._is_linear(layer_idx) else None
+        """As in `Cache`; None for a state that does not exist yet."""
+        return super().get_conv_state(layer_idx, state_idx) if self._has_state(layer_idx, state_idx) else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
-        """As in `Cache`; None for a layer that does not exist yet."""
-        return super().get_recurrent_state(layer_idx, state_idx) if self._is_linear(layer_idx) else None
+        """As in `Cache`; None for a state that does not exist yet."""
+        return super().get_recurrent_state(layer_idx, state_idx) if self._has_state(layer_idx, state_idx) else None
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """As in `Cache`; False while there is no linear layer."""
-        known = any(map(self._is_linear, range(len(self.layers)))) if layer_idx is None else self._is_linear(layer_idx)
+        if layer_idx is None:
+            known = any(map(self._is_linear, range(len(self.layers))))
+        else:
+            known = self._has_state(layer_idx, state_idx or 0)
         if not known:
             return False
         return bool(super().has_previous_state(layer_idx, *(() if state_idx is None else (state_idx,))))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from families import FAMILIES, VOCABULARY
+from families import FAMILIES
+from family_fields import VOCABULARY
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache
@@ -90,8 +91,8 @@ def forward(
     **options: Any,
 ) -> torch.Tensor:
     """Logits of one forward pass; the cache grows."""
-    given = {"input_ids": ids, "attention_mask": mask, **options}
-    given = {name: value for name, value in given.items() if value is not None}
+    inputs = {"input_ids": ids, "attention_mask": mask, **options}
+    given = {name: value for name, value in inputs.items() if value is not None}
     with torch.set_grad_enabled(gradients):
         return model(**given, **cache_argument(cache), use_cache=True).logits
 

@@ -10,7 +10,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from families import VOCABULARY, Family
+from families import Family
+from family_fields import VOCABULARY
 from models import prompts, tiny
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -48,11 +49,15 @@ class Case:
 
     def lossless(self, **fields: Any) -> Any:
         """Ours, that changes nothing."""
-        return self._pair(models.lossless(**fields))
+        return self._pair(models.lossless(**self._told, **fields))
 
     def quantized(self, preset: str = "default", **fields: Any) -> Any:
         """Ours, quantized, with short blocks."""
-        return self._pair(MixKVQCache(preset, **SHORT | fields))
+        return self._pair(MixKVQCache(preset, **self._told, **SHORT | fields))
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        return {"config": self.model.config} if self.family.told else {}
 
     def _pair(self, cache: Any) -> Any:
         return EncoderDecoderCache(cache, DynamicCache()) if self.family.encoder else cache
@@ -89,9 +94,12 @@ class Case:
         """What the encoder reads."""
         if self.family.encoder == "input_ids":
             return prompts([24] * batch, seed)
-        config = self.model.config  # Whisper: a spectrogram of fixed length
-        shape = batch, config.num_mel_bins, 2 * config.max_source_positions
-        return {self.family.encoder: torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+        config = self.model.config
+        shape = {
+            "input_features": lambda: (config.num_mel_bins, 2 * config.max_source_positions),  # a spectrogram
+            "input_values": lambda: (12000,),  # sound
+        }[self.family.encoder]()
+        return {self.family.encoder: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))}
 
     def generate(self, inputs: dict[str, torch.Tensor], cache: Any, new_tokens: int = 20, **options: Any) -> Any:
         """Generation, greedy unless the options say otherwise, with all logits."""
