@@ -104,6 +104,7 @@ COMPRESSED = {
     "qk_rope_head_dim": 8,
     "mlp_layer_types": ["moe", "moe"],
 }
+GRANITE = {"attention_multiplier": 0.25}  # 1 / sqrt(head_dim)
 GRIFFIN = {"num_hidden_layers": 3, "attention_window_size": WINDOW, "w_init_variance_scale": 4.0}
 INKLING = {
     **MOE,
@@ -120,7 +121,6 @@ DBRX = {
     "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
 }
-CPM = {"dim_model": 64, "dim_ff": 64, "num_heads": 4, "dim_head": 16}
 NEO = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
 BERT = {"is_decoder": True}
 ENCODER = {

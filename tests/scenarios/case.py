@@ -110,6 +110,9 @@ class Case:
     ) -> torch.Tensor:
         """Logits of a forward pass (of the decoder)."""
         model = self.model if model is None else model
+        inner = getattr(model, "model", None)
+        if hasattr(inner, "rope_deltas"):  # Qwen VL: after `generate`, it takes no new tokens with the whole mask
+            inner.rope_deltas = None
         if self.family.encoder:
             options |= {**self.encoded(len(ids)), "decoder_input_ids": ids, "decoder_attention_mask": mask}
             ids = mask = None
