@@ -487,18 +487,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def report(self, index: int) -> LayerReport:
         """What this layer holds."""
-        nbytes, totals = held_bytes(self.tensors()), {}
-        if self.store is not None:
-            totals = self.store.totals()._asdict()
-        else:
-            totals = {"elements": sum(t.numel() for t in (self._k, self._v) if t is not None)}
-        return LayerReport(
-            index,
-            self.path,
-            self.reason,
-            self.length,
-            nbytes,
-            dequantizations=self.dequantizations,
-            decoded_for=self.decoded_for,
-            **totals,
-        )
+        exact = {"elements": sum(t.numel() for t in (self._k, self._v) if t is not None)}
+        totals = exact if self.store is None else self.store.totals()._asdict()
+        totals |= {"dequantizations": self.dequantizations, "decoded_for": self.decoded_for}
+        return LayerReport(index, self.path, self.reason, self.length, held_bytes(self.tensors()), **totals)
