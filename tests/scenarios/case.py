@@ -32,6 +32,7 @@ class Case:
     family: Family
     attention: str
     dtype: torch.dtype = torch.float32
+    caches: tuple[MixKVQCache, ...] = ()
 
     @property
     def model(self) -> Any:
@@ -120,7 +121,7 @@ class Case:
 
     # ---- judging ---------------------------------------------------------------------------------------------------
     def compare(
-        self, run: Callable[[Any], Any], tolerance: float = 1e-5, *, books: bool = True
+        self, run: Callable[[Any], Any], tolerance: float = 1e-5, *, books: bool = True, **fields: Any
     ) -> tuple[MixKVQCache, MixKVQCache, MixKVQCache]:
         """Run with the stock cache, with ours that changes nothing, with 3 and with 8 bits, and judge all of them.
 
@@ -132,24 +133,28 @@ class Case:
             How far lossless logits may be off, in units of their range.
         books : bool
             Whether the caches' own accounts are compared too.
+        **fields
+            For all of our caches.
 
         Returns
         -------
-        Our caches after it: lossless, default, 8 bits.
+        Our caches after it: lossless, default, 8 bits; also kept as ``caches``.
         """
         stock = self.stock()
         try:
             want = run(stock)
         except Exception as error:
             pytest.skip(f"DynamicCache fails too: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}")
-        lossless, default, fine = self.lossless(), self.quantized(), self.quantized(**EIGHT_BITS)
+        lossless, default = self.lossless(**fields), self.quantized(**fields)
+        fine = self.quantized(**EIGHT_BITS | fields)
         judging.assert_same(want, run(lossless), tolerance)
         judging.assert_sane(want, run(default), run(fine))
+        self.caches = self.ours(lossless), self.ours(default), self.ours(fine)
         for cache in (lossless, default, fine) if books else ():
             judging.assert_same_books(stock, cache)
         for cache, rounding in ((lossless, tolerance), (default, judging.PRECISION), (fine, tolerance)):
             judging.assert_reads_what_it_holds(self, cache, max(rounding, tolerance))
-        return self.ours(lossless), self.ours(default), self.ours(fine)
+        return self.caches
 
 
 class Reader:

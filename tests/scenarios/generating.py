@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import functools
 
-import models
 import torch
-from models import prompts
+from families import DECODED, NATIVE
+from models import VOCABULARY, prompts
 
 from .case import Case, scenario
 
 
+def _greedy(case: Case, **fields) -> None:
+    for cache in case.compare(lambda cache: case.generate(case.inputs([90, 53]), cache), **fields):
+        layers = cache.report().layers
+        assert tuple(layer.path for layer in layers) == case.family.paths(case.attention)
+        for layer in layers:
+            assert (layer.dequantizations > 0) == (layer.path == DECODED)
+            assert (layer.record_bytes > 0) == (layer.path != NATIVE)
+
+
 @scenario()
 def greedy(case: Case) -> None:
-    caches = case.compare(lambda cache: case.generate(case.inputs([90, 53]), cache, 24))
-    for cache in caches:
-        assert tuple(models.paths(cache)) == case.family.paths(case.attention)
+    """Every layer takes its path, and only dequantized ones are decoded."""
+    _greedy(case)
+
+
+@scenario()
+def greedy_with_the_config(case: Case) -> None:
+    """The layout is known from the beginning."""
+    _greedy(case, config=case.model.config)
 
 
 @scenario()
@@ -51,7 +65,8 @@ def beams_and_sampling(case: Case) -> None:
 def prompt_lookup(case: Case) -> None:
     ids = prompts([30])["input_ids"].repeat(1, 3)
     inputs = {**case.inputs([90]), case.ids: ids}
-    case.compare(lambda cache: case.generate(inputs, cache, prompt_lookup_num_tokens=5))
+    options = {"prompt_lookup_num_tokens": 5, "eos_token_id": VOCABULARY}  # older versions must have one
+    case.compare(lambda cache: case.generate(inputs, cache, **options))
 
 
 @scenario()

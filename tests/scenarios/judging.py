@@ -6,10 +6,9 @@ Quantized, by the ``default`` preset (3 bits) and with 8 bits:
 
 * every logit is finite and every shape is that of the stock run;
 * of the logits that both runs gave for the same tokens, those that quantization changed are off by less than `COARSE`
-  and `FINE` in the median, in units of the deviation of the exact logits; with 8 bits by no more than with 3. Logits of
-  another row, position or prompt are off by 1.4. Random models with sharp attention enlarge every error, so that these
-  bounds are wide: the largest medians of %d families in all scenarios are 0.69 and 0.43 (0.16 where more than one logit
-  was comparable). What the presets promise is tested on real models;
+  and `FINE` in the median, if there are `ENOUGH`, in units of the deviation of the exact logits; with 8 bits by less
+  than with 3. Logits of another row, position or prompt are off by 1.4. Random models with sharp attention enlarge
+  every error, so that these bounds are wide; what the presets promise is tested on real models;
 * the next step over the packed records gives what it gives over the tensors that they decode to, to 1e-5 of the range
   of the logits, or `PRECISION` where attention runs in the default precision: nothing chaotic about this one.
 
@@ -32,7 +31,7 @@ from mixkvq.layer import MixKVQLayer
 if TYPE_CHECKING:
     from .case import Case
 
-COARSE, FINE = 1.0, 0.5
+COARSE, FINE, ENOUGH = 1.0, 0.5, 8
 TOUCHED = 1e-3
 """Error that rounding does not explain: quantized keys or values were read."""
 PRECISION = 1e-3
@@ -55,20 +54,22 @@ def assert_same(want: Any, got: Any, tolerance: float) -> None:
 
 def assert_sane(want: Any, default: Any, fine: Any) -> None:
     """Quantized runs: finite, and not far from the exact one; see above."""
-    coarse_error, fine_error = _median_error(want, default), _median_error(want, fine)
-    assert coarse_error < COARSE
-    assert fine_error < FINE
-    assert fine_error <= coarse_error
+    coarse_errors, fine_errors = changes(want, default), changes(want, fine)
+    if len(coarse_errors) >= ENOUGH:
+        assert median(coarse_errors) < COARSE
+    if len(fine_errors) >= ENOUGH:
+        assert median(fine_errors) < FINE
+    if min(len(coarse_errors), len(fine_errors)) >= ENOUGH:
+        assert median(fine_errors) < median(coarse_errors)
 
 
-def _median_error(want: Any, got: Any) -> float:
-    """Of the comparable logits that quantization changed; 0 if there are none."""
+def changes(want: Any, got: Any) -> list[float]:
+    """Errors of the comparable logits that quantization changed."""
     errors = []
     for a, b in zip(parts(want), parts(got), strict=True):
         assert_finite(a, b)
         errors += [relative_error(x, y) for x, y in comparable(a, b)]
-    changed = [error for error in torch.cat(errors).tolist() if error > TOUCHED]
-    return median(changed) if changed else 0.0
+    return [error for error in torch.cat(errors).tolist() if error > TOUCHED]
 
 
 def assert_finite(want: Any, got: Any) -> None:
