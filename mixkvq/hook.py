@@ -19,7 +19,7 @@ from .handle import KEYS, VALUES, PackedHandle
 from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, PLAIN, MixKVQLayer
 from .lookup import Attention
 from .masks import reveals_padding
-from .proof import Proof, prove, sink_logits
+from .proof import Proof, hides_padding, prove, sink_logits
 from .reasons import Reason
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ def _plain_call(tag: Tag, call: Call) -> Any:
         layer.observe(call.query, call.mask)
     if layer.mode == PLAIN and layer.ready():
         layer.decide(call.refusal(layer) or _prove(call, result))
+        if layer.mode == DEQUANTIZED and not hides_padding(call, result, layer.start):
+            layer.keep_padding()
     fallen = layer.mode == DEQUANTIZED and layer.store is None
     layer.pack()
     if fallen:  # last: under -W error a warning is an exception

@@ -90,7 +90,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._unsettled = True  # plain tensors may be views of larger ones, or statistics are not accounted for
         self._k: torch.Tensor | None = None
         self._v: torch.Tensor | None = None
-        self._start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a call
+        self.start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a call
         self._unpadded = False  # whether a call without a mask was seen: every row begins at column 0
         self._account()
 
@@ -219,12 +219,12 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Whether a plain layer has enough tokens to pack, and every row a real one."""
         if self.mode == NATIVE or self._k is None or self.length < self._threshold:
             return False
-        if self._start is None:
+        if self.start is None:
             return True
-        if int(self._start.max()) == NO_TOKEN:
+        if int(self.start.max()) == NO_TOKEN:
             self.reason = reasons.NO_REAL_TOKEN
             return False
-        return self.length - int(self._start.min()) >= self._threshold
+        return self.length - int(self.start.min()) >= self._threshold
 
     @property
     def _threshold(self) -> int:
@@ -254,6 +254,10 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.reason = reasons.packed(verdict.function)
         elif verdict is not None:
             self.mode, self.reason = DEQUANTIZED, verdict
+
+    def keep_padding(self) -> None:
+        """Store what is before every row's first token too: attention does not hide it."""
+        self.start = None
 
     def warn(self, effect: str, reason: Reason) -> None:
         """Warn once per cache, naming the layer."""
@@ -290,10 +294,10 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self.store is None and not self._unpadded:
             self._unpadded = mask is None
             start = first_columns(mask, keys.shape[0], self.length)
-            self._start = start if self._start is None else torch.minimum(self._start, start)
+            self.start = start if self.start is None else torch.minimum(self.start, start)
             past = self.length - query.shape[2]
-            if int(self._start.max()) > past:
-                first = (self._start - past).clamp(0, query.shape[2])
+            if int(self.start.max()) > past:
+                first = (self.start - past).clamp(0, query.shape[2])
         if query.shape[0] == keys.shape[0] and query.shape[1] % keys.shape[1] == 0 and query.shape[3] == keys.shape[3]:
             self._unsettled |= self.queries.sum is None
             self.queries.add(query, keys.shape[1], first)
@@ -314,12 +318,12 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _begin(self) -> None:
         k, v = self.states
-        start = torch.zeros(k.shape[0], dtype=torch.int64) if self._start is None else self._start
+        start = torch.zeros(k.shape[0], dtype=torch.int64) if self.start is None else self.start
         codec, dtype = codec_of(self.mixkvq_config, k, v), common_dtype(k, v)
         self.store = PackedStore.begin(
             self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin
         )
-        self._k = self._v = self._start = None
+        self._k = self._v = self.start = None
         self.store.passing += held_bytes((k, v))
         self._account()
 
@@ -390,8 +394,8 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _crop_plain(self, keep: int) -> None:
         k, v = self.states
         self._k, self._v = k[..., :keep, :].clone(), v[..., :keep, :].clone()
-        if self._start is not None:
-            self._start = torch.where(self._start >= keep, NO_TOKEN, self._start)
+        if self.start is not None:
+            self.start = torch.where(self.start >= keep, NO_TOKEN, self.start)
 
     def crop(self, tokens_to_remove: Any) -> None:
         """Remove tokens from the end; the argument is that of the installed transformers.
@@ -450,7 +454,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         else:
             k, v = self.states
             self._k, self._v = k.index_select(0, rows), v.index_select(0, rows)
-            self._start = None if self._start is None else self._start.index_select(0, rows)
+            self.start = None if self.start is None else self.start.index_select(0, rows)
             self.queries.gather(rows)
         self._account()
 
@@ -471,7 +475,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """All tensors held."""
         if self.store is not None:
             return self.store.tensors()
-        return [t for t in (self._k, self._v, self._start, *self.queries.tensors()) if t is not None]
+        return [t for t in (self._k, self._v, self.start, *self.queries.tensors()) if t is not None]
 
     def _account(self) -> None:
         held, passing = held_bytes(self.tensors()), 0

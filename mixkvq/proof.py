@@ -121,6 +121,37 @@ def _window(call: Any, rows: torch.Tensor) -> int | None:
     return window if bool((first <= tokens - window).any()) else None
 
 
+# ---- padding -------------------------------------------------------------------------------------------------------
+def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
+    """Whether real queries get the same without what is before their row's first token, which is not stored.
+
+    The kernel respects masks; a function that it cannot stand in for may do anything with them.
+
+    Parameters
+    ----------
+    call : hook.Call
+        The attention call, with plain keys and values.
+    output : tensor [B, n, ...]
+        What the attention function returned.
+    start : int64 tensor [B] or None
+        First column of every row that the mask shows.
+    """
+    if start is None or not bool(start.any()):
+        return True
+    batch, tokens, n = call.key.shape[0], call.key.shape[2], call.query.shape[2]
+    column = torch.arange(tokens)
+    padding = (column < start.view(-1, 1)).view(batch, 1, tokens, 1)
+    with torch.no_grad():
+        again = call.original(call.key.masked_fill(padding, 0), call.value.masked_fill(padding, 0))
+    want, got = (x[0] if isinstance(x, tuple) else x for x in (output, again))
+    if not (isinstance(want, torch.Tensor) and want.shape[:2] == (batch, n)):
+        return False
+    real = column[tokens - n :] >= start.view(-1, 1)
+    want, got = want.detach()[real].float(), got[real].float()
+    tolerance = max(1e-4, 4 * torch.finfo(call.query.dtype).eps) * want.abs().max()
+    return bool(((got - want).abs() <= tolerance).all())
+
+
 # ---- trials: rows that the call did not have -----------------------------------------------------------------------
 def _tried(call: Any, variant: Variant, rows: torch.Tensor) -> bool | None:
     """Try larger queries, with masks if possible: whether masks are respected; None if it is not this variant."""

@@ -59,6 +59,24 @@ def twice_the_scale(*args, scaling=None, **kwargs):
     return attention(*args, scaling=2 * scaling, **kwargs)
 
 
+def twice_the_scale_of_all(module, query, key, value, attention_mask, **arguments):
+    return twice_the_scale(module, query, key, value, None, **arguments)
+
+
+@pytest.mark.parametrize("function, starts", [(twice_the_scale, [0, 10]), (twice_the_scale_of_all, [0, 0])])
+def test_padding_that_a_function_does_not_hide_is_stored(function, starts):
+    layer = Layer(lossless(), function, batch=2)
+    with pytest.warns(UserWarning, match="decoded in every step"):
+        for step, n in enumerate([30] + [1] * 40):
+            mask = torch.ones(2, 1, n, 30 + step, dtype=torch.bool).tril(30 + step - n)
+            mask[1, ..., :10] = False
+            got, want = layer.step(n, mask)
+            real = (slice(None), slice(10, None)) if n > 1 else ()
+            assert torch.allclose(got[real], want[real], atol=1e-5)
+    mine = layer.cache.layers[0]
+    assert mine.path == "dequantized" and mine.store.start.tolist() == starts
+
+
 def no_mask(module, query, key, value, attention_mask, **kwargs):
     return attention(module, query, key, value, None, **kwargs)
 

@@ -102,7 +102,7 @@ class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
         if self._k is None or self._v is None or self._k.dim() != 4 or self._k.shape != self._v.shape:
             return
         batch, heads, _, dim = self._k.shape
-        starts = [0] * batch if self._start is None else self._start.tolist()
+        starts = [0] * batch if self.start is None else self.start.tolist()
         importance = self.queries.importance()
         config, length = self.mixkvq_config, self.mixkvq_config.block_length
         while len(self._states) < batch:
