@@ -155,7 +155,7 @@ def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
 # ---- trials: rows that the call did not have -----------------------------------------------------------------------
 def _tried(call: Any, variant: Variant, rows: torch.Tensor) -> bool | None:
     """Try larger queries, with masks if possible: whether masks are respected; None if it is not this variant."""
-    larger = call.query * _factor(call)
+    larger = _enlarged(call)
     for dtype in (call.query.dtype, torch.bool) if call.mask is None else (call.mask.dtype,):
         masked = replace(call, query=torch.cat([larger, call.query], 2), mask=_sparse_masks(call, dtype))
         if _succeeds(masked, variant, rows):
@@ -180,8 +180,8 @@ def _succeeds(call: Any, variant: Variant, rows: torch.Tensor) -> bool:
     return variant.error(call, output.detach(), rows, strictness=4) <= 1
 
 
-def _factor(call: Any) -> torch.Tensor:
-    """What makes the queries so large that a scale or soft cap shows, [B, Q, 1, 1]; at least 1."""
+def _enlarged(call: Any) -> torch.Tensor:
+    """The queries, where they are small so much larger that a scale or soft cap shows."""
     softcap = call.arguments.get("softcap")
     scores = _scores(call, call.query.float(), call.key.float())
     if call.mask is not None:
@@ -189,7 +189,8 @@ def _factor(call: Any) -> torch.Tensor:
     largest = scores.abs().nan_to_num(0.0, 0.0, 0.0).amax((2, 3), keepdim=True)
     factor = (softcap / 2 if softcap else _SPREAD) / largest.clamp(min=1e-6)
     room = 1e4 / call.query.float().abs().amax((2, 3), keepdim=True).clamp(min=1e-6)
-    return factor.minimum(room).clamp(min=1.0).to(call.query.dtype)
+    larger: torch.Tensor = call.query * factor.minimum(room).clamp(min=1.0)  # in float32: factors may exceed float16
+    return larger.to(call.query.dtype)
 
 
 def _sparse_masks(call: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -146,6 +146,16 @@ def test_tiny_queries_do_not_prove_a_function():
     assert mine.path == "dequantized"
 
 
+def test_tiny_queries_in_float16_prove_a_function_all_the_same():
+    layer = Layer(lossless())
+    draw = layer.draw
+    layer.draw = lambda heads, n: (draw(heads, n) * (1e-5 if heads == QUERY_HEADS else 1)).half()
+    layer.keys = layer.values = layer.keys.half()
+    for got, want in (layer.step() for _ in range(50)):
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3)
+    assert layer.cache.layers[0].path == "packed"
+
+
 @pytest.mark.parametrize("heads", [HEADS, QUERY_HEADS])
 def test_queries_of_zero_wait_for_others_or_are_right(heads):
     """Whatever the scale, zero stays zero: what can be told is told by masks."""
