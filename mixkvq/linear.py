@@ -128,7 +128,8 @@ class LinearStates(Cache):
         if isinstance(have, MixKVQLayer):
             self.layers[layer_idx] = new = compat.IndexedLayer()
             if have.length:
-                new.update(have.keys, have.values)
+                with torch.enable_grad():  # indexers run without, keys and values may have gradients
+                    new.update(have.keys, have.values)
             have.reset()  # its bytes leave the ledger
             self._account_foreign(layer_idx)
         return super().update_indexer(indexer_key_states, layer_idx)

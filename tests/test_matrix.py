@@ -11,6 +11,22 @@ from scenarios import SCENARIOS, Case
 
 SAMPLE = {"llama", "gemma2", "qwen3_next", "bloom"}
 """Families of the default test run."""
+SECOND = {
+    "attention_weights_and_hidden_states",
+    "beams",
+    "crop_at_every_depth",
+    "dead_rows",
+    "gradients_after_packing",
+    "greedy",
+    "own_additive_masks",
+    "padded_rows_are_as_alone_default",
+    "pieces_of_every_size",
+    "prefill_in_chunks_of_33",
+    "reorder",
+    "right_padding_and_holes",
+    "rollback_after_every_call",
+}
+"""Scenarios for all attention implementations of a family; the others do not depend on it and are for its first one."""
 
 
 def cases():
@@ -18,7 +34,7 @@ def cases():
         for family in FAMILIES.values():
             if scenario.families is not None and family.name not in scenario.families:
                 continue
-            for attention in family.attention:
+            for attention in family.attention if name in SECOND else family.attention[:1]:
                 small = family.name in SAMPLE and attention == family.attention[0] and not scenario.slow
                 marks = () if small else (pytest.mark.slow, pytest.mark.matrix)
                 yield pytest.param(family, attention, name, marks=marks, id=f"{family.name}-{attention}-{name}")
