@@ -88,8 +88,16 @@ class Case:
         inputs = prompts(lengths, seed)
         if not self.family.encoder:
             return inputs
+        for ids, length in zip(inputs["input_ids"], lengths, strict=True):
+            ids[-length] = self._start  # else generate puts it before the padding
         decoder = {f"decoder_{name}": tensor for name, tensor in inputs.items()}
         return {**self.encoded(len(lengths), seed + 100), **decoder}
+
+    @property
+    def _start(self) -> int:
+        """The token that every text of a decoder begins with."""
+        start = self.model.generation_config.decoder_start_token_id
+        return self.model.generation_config.bos_token_id if start is None else start
 
     def encoded(self, batch: int, seed: int = 101) -> dict[str, torch.Tensor]:
         """What the encoder reads."""
