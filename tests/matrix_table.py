@@ -26,6 +26,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = defaultdict(Row)
+        self.samples: dict[str, set[str]] = defaultdict(set)  # families by scenario that was not tried on all of them
 
     @classmethod
     def of(cls, stats: dict[str, list[Any]]) -> Table:
@@ -37,6 +38,8 @@ class Table:
                 if "family" not in about:
                     continue
                 row = table.rows[about["family"]]
+                if "sample" in about:
+                    table.samples[about["sample"]].add(about["family"])
                 row.path = shorten(about["path"])
                 row.attention.add(about["attention"])
                 row.outcomes[outcome].add(report.nodeid)
@@ -67,7 +70,11 @@ class Table:
                 "; ".join(skipped),
             )
             lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in notes.items())])
+        lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]
+        if self.samples:
+            tried = (f"{name} ({', '.join(sorted(self.samples[name]))})" for name in sorted(self.samples))
+            lines += ["", f"Not a matter of the family, and tried on few: {'; '.join(tried)}."]
+        return "\n".join(lines)
 
     def write(self, file: Path) -> None:
         """Replace what a Markdown file has between `MARKS`."""

@@ -31,7 +31,9 @@ def tiny(
     config._attn_implementation = attention
     torch.manual_seed(seed)
     with torch.inference_mode(False):  # whoever asks first
-        return getattr(transformers, about.model)(config).to(dtype).eval()
+        model = getattr(transformers, about.model)(config).to(dtype).eval()
+    model.generation_config.eos_token_id = None  # all texts are of one length, whatever the class's default
+    return model
 
 
 def prompts(lengths: Sequence[int], seed: int = 1) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ SECOND = {
     "gradients_after_packing",
     "greedy",
     "own_additive_masks",
+    "own_bool_masks",
     "padded_rows_are_as_alone_default",
     "pieces_of_every_size",
     "prefill_in_chunks_of_33",
@@ -44,6 +45,8 @@ def cases():
 def test_same_as_the_stock_cache(family, attention, scenario, record_property):
     for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths(attention)))):
         record_property(name, value)
+    if SCENARIOS[scenario].families is not None:
+        record_property("sample", scenario)
     if family.absent:
         pytest.skip(family.absent)
     torch.manual_seed(0)

@@ -8,10 +8,10 @@ import pytest
 from matrix_table import MARKS, Table
 
 
-def report(name: str, attention: str, scenario: str, why: str = "") -> SimpleNamespace:
+def report(name: str, attention: str, scenario: str, why: str = "", **about: str) -> SimpleNamespace:
     return SimpleNamespace(
         nodeid=f"tests/test_matrix.py::test[{name}-{attention}-{scenario}]",
-        user_properties=[("family", name), ("attention", attention), ("path", "native packed packed")],
+        user_properties=[("family", name), ("attention", attention), ("path", "native packed packed"), *about.items()],
         longrepr=("file", 1, f"Skipped: {why}"),
     )
 
@@ -40,6 +40,11 @@ def test_rows_and_notes(table: Table) -> None:
         "1. DynamicCache fails too",
         "2. no",
     ]
+
+
+def test_scenarios_that_are_tried_on_few_families():
+    table = Table.of({"passed": [report(name, "sdpa", "threads", sample="threads") for name in ("llama", "bart")]})
+    assert table.markdown().splitlines()[-1] == "Not a matter of the family, and tried on few: threads (bart, llama)."
 
 
 def test_it_is_written_between_marks(table, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class Case:
         try:
             want = run(stock)
         except Exception as error:
-            pytest.skip(f"DynamicCache fails too: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}")
+            pytest.skip(f"DynamicCache fails too: {self._shortened(error)}")
         lossless, default = self.lossless(**fields), self.quantized(**fields)
         fine = self.quantized(**EIGHT_BITS | fields)
         judging.assert_same(want, run(lossless), tolerance)
@@ -163,6 +164,11 @@ class Case:
         for cache, rounding in ((lossless, tolerance), (default, judging.PRECISION), (fine, tolerance)):
             judging.assert_reads_what_it_holds(self, cache, max(rounding, tolerance))
         return self.caches
+
+    def _shortened(self, error: Exception) -> str:
+        """The first words of an error, without the family's name."""
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return textwrap.shorten(text.replace(type(self.model).__name__, "this model"), 100, placeholder=" ...")
 
 
 class Reader:
