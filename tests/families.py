@@ -35,6 +35,7 @@ from family_fields import (
     MROPE,
     NATIVE,
     NEO,
+    NOTHING,
     PACKED,
     PAIRS,
     PIXTRAL,
@@ -72,9 +73,10 @@ class Family:
     encoder : str
         Name of what its encoder reads first (the cache is the decoder's half of an `EncoderDecoderCache`), or "".
     since : pair of int
-        First version of transformers, if it has the family, in which it works with `DynamicCache`.
+        First version of those tried in which it works with `DynamicCache`, if that has the family.
     hooked : pair of int
-        First version in which it attends through `AttentionInterface`; packed layers are dequantized before.
+        First version of those tried in which it attends through `AttentionInterface`; packed layers are dequantized
+        before.
     told : bool
         Whether the cache must be given the model's configuration.
     """
@@ -93,15 +95,22 @@ class Family:
     def paths(self, attention: str) -> tuple[str, ...]:
         """Path of every layer in the installed transformers."""
         unseen = self.hooked > compat.VERSION or (attention == "eager" and not compat.SEES_EAGER)
-        return tuple(DECODED if unseen and path == PACKED else path for path in self.layers)
+        names = {PACKED: DECODED if unseen else PACKED, NOTHING: NATIVE}
+        layers = (path for path in self.layers if path != NOTHING or compat.DummyLayer is not None)
+        return tuple(names.get(path, path) for path in layers)
 
-    @property
-    def absent(self) -> str:
+    def absent(self, attention: str) -> str:
         """Why the installed transformers cannot run it, or ""."""
         have = ".".join(map(str, compat.VERSION))
         if not hasattr(transformers, f"{self.config}Config"):
             return f"transformers {have} has no {self.config}"
-        return "" if self.since <= compat.VERSION else f"{self.config} fails with DynamicCache in transformers {have}"
+        if attention == "sdpa" and not getattr(transformers, self.model)._supports_sdpa:
+            return f"transformers {have} has no sdpa attention for {self.config}"
+        return (
+            ""
+            if self.since <= compat.VERSION
+            else f"transformers {have} uses the cache of {self.config} in a way of its own"
+        )
 
 
 def _family(name: str, config: str, *changes: dict[str, Any], model: str = "", **more: Any) -> Family:
@@ -137,9 +146,9 @@ _LIST = (
     _family("biogpt", "BioGpt"),
     _family("bitnet", "BitNet"),
     _family("camembert", "Camembert", BERT),
-    _family("codegen", "CodeGen", GPT),
+    _family("codegen", "CodeGen", GPT, hooked=(5, 24)),
     _family("cohere", "Cohere", logit_scale=1.0),
-    _family("ctrl", "CTRL", GPT, dff=96, model="CTRLLMHeadModel"),
+    _family("ctrl", "CTRL", GPT, dff=96, hooked=(5, 14), model="CTRLLMHeadModel"),
     _family("dbrx", "Dbrx", MPT, DBRX),
     _family("doge", "Doge"),
     _family("dots1", "Dots1", MOE),
@@ -179,7 +188,7 @@ _LIST = (
     _family("mistral_full", "Mistral"),
     _family("mixtral", "Mixtral", MOE),
     _family("nanochat", "NanoChat"),
-    _family("nemotron", "Nemotron", initializer_range=0.15),
+    _family("nemotron", "Nemotron", initializer_range=0.15, hooked=(5, 14)),
     _family("olmo", "Olmo"),
     _family("olmo2", "Olmo2"),
     _family("olmoe", "Olmoe", MOE),
@@ -267,8 +276,8 @@ _LIST = (
     _family("mamba2", "Mamba2", ALL_NATIVE, MAMBA2, attention=EAGER),
     _family("mistral", "Mistral", ALL_NATIVE, SLIDING),
     _multimodal("mistral3", "Mistral3", ALL_NATIVE, SLIDING, vision=PIXTRAL, model_type="mistral"),
-    _family("moshi", "Moshi", ALL_NATIVE, SLIDING, ffn_dim=96),
-    _family("recurrent_gemma", "RecurrentGemma", SLIDING, GRIFFIN, layers=(NATIVE, NATIVE, NATIVE)),
+    _family("moshi", "Moshi", ALL_NATIVE, SLIDING, ffn_dim=96, since=(5, 14)),
+    _family("recurrent_gemma", "RecurrentGemma", SLIDING, GRIFFIN, since=(5, 23), layers=(NATIVE, NATIVE, NATIVE)),
     # ---- dequantized: no AttentionInterface, or values that change after `update`, or a position bias
     _family("bloom", "Bloom", ALL_DECODED, GPT, attention=EAGER),
     _family("diffllama", "DiffLlama", ALL_DECODED),
@@ -283,7 +292,7 @@ _LIST = (
     _family("roformer", "RoFormer", ALL_DECODED, BERT, embedding_size=64, attention=EAGER),
     _family("trocr", "TrOCR", ALL_DECODED, ENCODER, attention=EAGER),
     _family("xglm", "XGLM", ALL_DECODED, attention=EAGER),
-    _encoder_decoder("fsmt", "FSMT", ALL_DECODED, ENCODER, FSMT, attention=EAGER),
+    _encoder_decoder("fsmt", "FSMT", ALL_DECODED, ENCODER, FSMT, attention=EAGER, since=(5, 23)),
     _encoder_decoder("led", "LED", ALL_DECODED, ENCODER, LED, attention=EAGER),
     _encoder_decoder("longt5", "LongT5", ALL_DECODED, T5, attention=EAGER),
     _encoder_decoder("mt5", "MT5", ALL_DECODED, T5),
@@ -297,7 +306,7 @@ _LIST = (
     _family("deepseek_v3", "DeepseekV3", ALL_NATIVE, MLA, MOE),
     _family("glm4_moe_lite", "Glm4MoeLite", ALL_NATIVE, MLA, MOE),
     _family("kimi_linear", "KimiLinear", MLA, MOE, LINEAR, ALL_NATIVE, linear_head_dim=16, linear_num_heads=4),
-    _family("longcat_flash", "LongcatFlash", ALL_NATIVE, MLA, MOE),
+    _family("longcat_flash", "LongcatFlash", ALL_NATIVE, MLA, MOE, num_layers=1),
     _family("mimo_v2_flash", "MiMoV2Flash", MIXED, MOE, ALL_NATIVE, v_head_dim=8, attention=EAGER),
     _family("minicpm3", "MiniCPM3", ALL_NATIVE, MLA),
     _family("youtu", "Youtu", ALL_NATIVE, MLA),

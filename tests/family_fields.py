@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 PACKED, NATIVE, DECODED = "packed", "native", "dequantized"
+NOTHING = "native, empty"
+"""Of a layer that reads the keys and values of an earlier one; the first versions to share them have no such layer."""
 VOCABULARY = 97
 WINDOW = 48
 """Of sliding windows and chunks: shorter than the prompts of the scenarios."""
@@ -43,7 +45,7 @@ SHARED = {  # the last two layers read keys and values of the first two
     "num_kv_shared_layers": 2,
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "layers": (NATIVE, PACKED, NATIVE, NATIVE),
+    "layers": (NATIVE, PACKED, NOTHING, NOTHING),
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
 }
