@@ -123,7 +123,7 @@ def _reset(case: Case, lengths: list[int]) -> None:
     def run(cache):
         first = case.generate(case.inputs([60, 45]), cache, 5)
         cache.reset()
-        assert cache.get_seq_length() == 0
+        assert cache.get_seq_length() == 0, "before transformers 5.18 reset keeps columns of zeros"
         return [first, case.generate(case.inputs(lengths, seed=8), cache, 12)]
 
     case.compare(run)
