@@ -7,6 +7,7 @@ import functools
 import torch
 from families import DECODED, NATIVE
 from models import VOCABULARY, prompts
+from versions import needs_assistant
 
 from .case import Case, scenario
 
@@ -73,11 +74,13 @@ def prompt_lookup(case: Case) -> None:
 
 @scenario()
 def assisted_by_itself(case: Case) -> None:
+    needs_assistant(case.model)
     case.compare(lambda cache: case.generate(case.inputs([70]), cache, 16, assistant_model=case.model))
 
 
 @scenario()
 def assisted_by_another(case: Case) -> None:
+    needs_assistant(case.model)
     case.compare(lambda cache: case.generate(case.inputs([70]), cache, 16, assistant_model=case.another_model()))
 
 
