@@ -23,8 +23,8 @@ REASONS = {
 @pytest.mark.parametrize("family", REASONS)
 def test_reason(family):
     about = FAMILIES[family]
-    if about.absent:
-        pytest.skip(about.absent)
+    if absent := about.absent(about.attention[0]):
+        pytest.skip(absent)
     cache = lossless()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
