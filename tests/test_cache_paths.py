@@ -8,7 +8,7 @@ import pytest
 from families import FAMILIES
 from models import forward, generate, lossless, prompts, relative_gap, tiny
 from transformers import DynamicCache
-from versions import needs_eager
+from versions import needs_eager, needs_linear
 
 from mixkvq.layer import MixKVQLayer
 
@@ -20,7 +20,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("family", REASONS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=needs_linear) if name == "qwen3_next" else name for name in REASONS]
+)
 def test_reason(family):
     about = FAMILIES[family]
     if absent := about.absent(about.attention[0]):
