@@ -77,6 +77,8 @@ class Family:
     hooked : pair of int
         First version of those tried in which it attends through `AttentionInterface`; packed layers are dequantized
         before.
+    reads : bool
+        Whether the model reads keys or values besides attention, so that packed layers too are decoded in every step.
     told : bool
         Whether the cache must be given the model's configuration.
     """
@@ -90,6 +92,7 @@ class Family:
     encoder: str = ""
     since: tuple[int, int] = (4, 57)
     hooked: tuple[int, int] = (4, 57)
+    reads: bool = False
     told: bool = False
 
     def paths(self, attention: str) -> tuple[str, ...]:
@@ -150,7 +153,7 @@ _LIST = (
     _family("cohere", "Cohere", logit_scale=1.0),
     _family("ctrl", "CTRL", GPT, dff=96, hooked=(5, 14), model="CTRLLMHeadModel"),
     _family("dbrx", "Dbrx", MPT, DBRX),
-    _family("doge", "Doge"),
+    _family("doge", "Doge", reads=True),
     _family("dots1", "Dots1", MOE),
     _family("electra", "Electra", BERT, embedding_size=64),
     _family("emu3", "Emu3Text", model="Emu3ForCausalLM"),

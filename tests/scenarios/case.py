@@ -51,11 +51,11 @@ class Case:
 
     def lossless(self, **fields: Any) -> Any:
         """Ours, that changes nothing."""
-        return self._pair(models.lossless(**self._told, **fields))
+        return self._pair(models.lossless(**{**self._told, **fields}))
 
     def quantized(self, preset: str = "default", **fields: Any) -> Any:
         """Ours, quantized, with short blocks."""
-        return self._pair(MixKVQCache(preset, **self._told, **SHORT | fields))
+        return self._pair(MixKVQCache(preset, **{**self._told, **SHORT, **fields}))
 
     @property
     def _told(self) -> dict[str, Any]:
