@@ -119,10 +119,11 @@ def print_verdict(results: Results, differences: list[Difference]) -> bool:
     for reason, number in sums["reasons"].most_common():
         print(f"  {number:6}  {reason}")
     for difference in differences:
-        print(f"{'expected' if difference.reason else 'NOT EXPECTED'}: {difference.test}")
-        print(f"    {difference.outcome}: {difference.message}")
-        if difference.reason:
-            print(f"    expected, since {difference.reason}")
+        if not difference.reason:
+            print(f"NOT EXPECTED: {difference.test}\n    {difference.outcome}: {difference.message}")
+    for reason, number in Counter(difference.reason for difference in differences if difference.reason).items():
+        print(f"expected in {number} tests, since {reason}, such as")
+        print(f"    {next(difference.test for difference in differences if difference.reason == reason)}")
     for file, (stock, ours) in results.items():
         for test, (outcome, _) in stock.outcomes.items():
             if outcome == "failed" and ours.outcomes.get(test, ("",))[0] == "passed":
