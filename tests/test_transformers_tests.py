@@ -102,7 +102,7 @@ def test_a_test_that_fails_with_ours_only_is_found(checkout: Path, tmp_path: Pat
     row = next(line for line in result.stdout.splitlines() if line.startswith(FAMILY)).split()
     assert row[1:7] == ["7", "2", "1", "6", "3", "1"]  # passed, failed, skipped: stock, ours
     assert row[7] == "2"  # packed layers
-    assert f"NOT EXPECTED: {FAMILY}::TinyModelTest::test_cache_class {{'case': 0}}\n" in result.stdout
+    assert f"NOT EXPECTED: {FAMILY}::TinyModelTest::test_cache_class {{'case': '0'}}\n" in result.stdout
     assert "verdict: BAD: 1 unexpected and 0 expected differences" in result.stdout
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["files"][FAMILY]["mixkvq"]["swapped"]["caches"] == {"swapped": 3, "offloading, left as they are": 1}
