@@ -118,6 +118,10 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.mode}, {self.length} tokens)"
 
+    def __getattr__(self, name: str) -> Any:  # of models that ask for more before the layout is learned (DeepSeek V4)
+        fix = "if a model asks for it, give the cache that model's layout: MixKVQCache(config=model.config)"
+        raise AttributeError(f"{type(self).__name__} has no {name!r}; {fix}", name=name, obj=self)
+
     # ---- growing ---------------------------------------------------------------------------------------------------
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -459,13 +463,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._account()
 
     def offload(self) -> None:
-        """Not offered.
-
-        Raises
-        ------
-        NotImplementedError
-            Always.
-        """
+        """Raise NotImplementedError."""
         raise NotImplementedError("MixKVQCache does not offload layers; its packed records stay on the model's device")
 
     prefetch = offload

@@ -239,3 +239,10 @@ def test_layers_are_not_offloaded():
     cache = caches()["packed"]
     with pytest.raises(NotImplementedError, match="does not offload"):
         cache.layers[0].offload()
+
+
+def test_a_model_that_asks_for_another_kind_of_layer_is_told_the_fix():
+    cache = lossless()
+    forward(tiny("llama"), cache, prompts([20])["input_ids"])
+    with pytest.raises(AttributeError, match=r"no 'store_compression_weights'.* MixKVQCache\(config=model\.config\)"):
+        cache.layers[0].store_compression_weights("compressor")
