@@ -14,6 +14,7 @@ import torch
 
 from . import compat
 from .handle import KEYS, VALUES, PackedHandle
+from .identity import Attention, Identity
 
 if TYPE_CHECKING:
     from .hook import Call
@@ -31,8 +32,8 @@ class Agreement:
 
     Attributes
     ----------
-    function : str
-        Name of the attention function.
+    identity : Identity
+        Of the attention function.
     names : tuple of str
         Names of the keyword arguments, in the call's order.
     watched : tuple of (str, value)
@@ -47,7 +48,7 @@ class Agreement:
         For the kernel.
     """
 
-    function: str
+    identity: Identity
     names: tuple[str, ...]
     watched: tuple[tuple[str, Any], ...]
     shape: torch.Size
@@ -74,7 +75,7 @@ class Agreement:
             return None
         window = given.get("sliding_window")
         return cls(
-            function=call.name,
+            identity=proof.identity,
             names=tuple(given),
             watched=watched,
             shape=query.shape,
@@ -85,13 +86,13 @@ class Agreement:
             softcap=given["softcap"] if proof.softcap else None,
         )
 
-    def covers(self, function: str, query: torch.Tensor, arguments: dict[str, Any]) -> bool:
+    def covers(self, function: Attention, query: torch.Tensor, arguments: dict[str, Any]) -> bool:
         """Whether a call without a mask asks for the same."""
         if (
             query.shape != self.shape
             or query.dtype is not self.dtype
             or tuple(arguments) != self.names
-            or function != self.function
+            or not self.identity.of(function)
             or (query.requires_grad and torch.is_grad_enabled())
             or compat.attention_weights_wanted()
         ):
@@ -103,13 +104,13 @@ class Agreement:
         return True
 
 
-def attend_as_agreed(function: str, args: tuple[Any, ...], arguments: dict[str, Any]) -> torch.Tensor | None:
+def attend_as_agreed(function: Attention, args: tuple[Any, ...], arguments: dict[str, Any]) -> torch.Tensor | None:
     """Serve a call whose keys are a handle, [B, 1, Q, D]; None if it must be checked in full.
 
     Parameters
     ----------
-    function : str
-        Name of the attention function.
+    function : callable
+        The attention function.
     args : tuple of five
         Module, queries, keys, values, mask.
     arguments : dict

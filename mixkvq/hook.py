@@ -6,9 +6,8 @@ runs, then the layer may pack), or a `PackedHandle` (the kernel runs instead).
 
 from __future__ import annotations
 
-import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +15,8 @@ import torch
 from . import compat, lookup, reasons
 from .agreement import POSITIONS, Agreement, attend_as_agreed
 from .handle import KEYS, VALUES, PackedHandle
+from .identity import Attention
 from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, PLAIN, MixKVQLayer
-from .lookup import Attention
 from .masks import reveals_padding
 from .proof import Proof, hides_padding, prove, sink_logits
 from .reasons import Reason
@@ -150,7 +149,7 @@ class Call:
             return reasons.GRADIENTS
         if self.arguments.get("output_attentions") or compat.attention_weights_wanted():
             return reasons.WEIGHTS
-        if proof is None or proof.function != self.name:
+        if proof is None or not proof.identity.of(self.function):
             return reasons.other_function(self.name)
         if self.mask is None and n > 1:
             return reasons.no_mask(n)
@@ -194,6 +193,10 @@ def _packed_call(call: Call) -> Any:
             layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
         )
         result = call.original(*plain)
+        if refused == reasons.other_function(call.name):  # but from the next call on, if it computes the same
+            verdict = call.refusal(layer) or _prove(replace(call, key=plain[KEYS], value=plain[VALUES]), result)
+            if isinstance(verdict, Proof):
+                layer.decide(verdict)
     if layer.store is not None and key.epoch == layer.epoch and call._query_refusal(layer) is None:
         layer.observe(call.query, call.mask)
         layer.pack()
@@ -244,34 +247,32 @@ def _prove(call: Call, result: Any) -> Proof | Reason | None:
 
 
 def wrap(function: Attention) -> Attention:
-    name = _name(function)
+    """The function with the hook around it; itself if it has one. Made anew at every look-up: a table would keep alive
+    whatever the function closes over."""
+    if getattr(function, "__code__", None) is _hooked:
+        return function
 
-    @functools.wraps(function)
     def attention(*args: Any, **kwargs: Any) -> Any:
         key = args[2] if len(args) > 2 else kwargs.get("key")
         if type(key) is PackedHandle:
-            if len(args) == 5 and (output := attend_as_agreed(name, args, kwargs)) is not None:
+            if len(args) == 5 and (output := attend_as_agreed(function, args, kwargs)) is not None:
                 return output, None
             return _packed_call(Call.bind(function, args, kwargs))
         tag = getattr(key, TAG, None)
         return function(*args, **kwargs) if tag is None else _plain_call(tag, Call.bind(function, args, kwargs))
 
+    attention.__wrapped__ = function  # type: ignore[attr-defined]
     return attention
 
 
-_wrap_once = functools.lru_cache(maxsize=256)(wrap)
-
-
-def _through(function: Attention) -> Attention:
-    try:
-        return _wrap_once(function)
-    except TypeError:  # a callable that cannot be hashed
-        return wrap(function)
+_hooked: Any = None
+_hooked = wrap(_name).__code__
+"""What all functions with the hook have in common."""
 
 
 def install() -> None:
     """Put the hook in place; `MixKVQCache` does it. Once is enough, ``MIXKVQ_HOOK=off`` forbids it."""
-    lookup.install(_through)
+    lookup.install(wrap)
 
 
 def uninstall() -> None:

@@ -17,9 +17,8 @@ from typing import Any
 from torch.compiler import is_compiling
 
 from . import compat, reasons
+from .identity import Attention
 from .reasons import Reason
-
-Attention = Callable[..., Any]
 
 
 def _unchanged(function: Attention) -> Attention:

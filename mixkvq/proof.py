@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import ops, reasons
+from .identity import Identity
 from .masks import allowed, first_columns, rows_that_see
 from .reasons import Reason
 
@@ -31,7 +32,9 @@ class Proof:
     Attributes
     ----------
     function : str
-        Name of the attention function.
+        Name of the attention function, for people.
+    identity : Identity
+        Of that function: the proof holds for no other.
     arguments : frozenset of str
         Arguments that were given besides queries, keys, values and mask.
     softcap, sinks : bool
@@ -45,6 +48,7 @@ class Proof:
     """
 
     function: str
+    identity: Identity
     arguments: frozenset[str]
     softcap: bool
     sinks: bool
@@ -93,6 +97,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
         if error <= 1 and (masks := _tried(few, variant, rows)) is not None:
             return Proof(
                 call.name,
+                Identity(call.function),
                 call.given,
                 variant.softcap is not None,
                 variant.sinks is not None,

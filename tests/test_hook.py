@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -296,3 +300,124 @@ def test_tags_do_not_reach_the_state():
     forward(model, cache, prompts([20])["input_ids"])
     forward(model, cache, prompts([1])["input_ids"])
     assert not any(hasattr(t, hook.TAG) for layer in cache.layers for t in layer.tensors())
+
+
+# ---- functions that share a name -----------------------------------------------------------------------------------
+def times(gain):
+    def amplified(*args, **kwargs):
+        output, weights = attention(*args, **kwargs)
+        return output * gain, weights
+
+    return amplified
+
+
+class Amplifier:
+    __slots__ = ("gain",)  # no weak references
+
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, *args, **kwargs):
+        return times(self.gain)(*args, **kwargs)
+
+
+class Owner:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def attention(self, *args, **kwargs):
+        return times(self.gain)(*args, **kwargs)
+
+
+MAKERS = {
+    "closure": times,
+    "partial": lambda gain: functools.partial(lambda *args, gain, **kwargs: times(gain)(*args, **kwargs), gain=gain),
+    "object": Amplifier,
+    "method": lambda gain: Owner(gain).attention,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_functions_are_told_apart_by_object_not_by_name(make):
+    layer = Layer(lossless(), make(1.0))
+    check(layer, 60)
+    mine, first = layer.cache.layers[0], layer.function
+    assert mine.path == "packed" and mine.dequantizations == 0
+    layer.function = make(0.1)
+    with pytest.warns(UserWarning, match="not proved"):
+        check(layer, 3)
+    assert mine.dequantizations == 3
+    layer.function = first
+    check(layer, 3)
+    assert mine.dequantizations == 3, "the proved function again"
+
+
+def test_a_method_that_is_bound_anew_for_every_call_is_one_function(quiet):
+    owner = Owner(1.0)
+    layer = Layer(lossless())
+    for _ in range(60):
+        layer.function = owner.attention
+        check(layer, 1)
+    assert layer.cache.layers[0].path == "packed" and layer.cache.layers[0].dequantizations == 0
+
+
+def test_a_function_that_is_wrapped_anew_for_every_call_is_one_function(quiet):
+    """As another library's hook may do it, around whatever it finds."""
+
+    def around(function):
+        return lambda *args, gain=1.0, **kwargs: function(*args, **kwargs)
+
+    layer = Layer(lossless())
+    for _ in range(60):
+        layer.function = around(around(functools.partial(attention)))
+        check(layer, 1)
+    assert layer.cache.layers[0].path == "packed" and layer.cache.layers[0].dequantizations == 0
+
+
+def test_another_function_that_computes_the_same_is_read_packed_from_its_second_call_on():
+    layer = packed_layer()
+    layer.function = times(1.0)
+    with pytest.warns(UserWarning, match="not proved"):
+        check(layer, 40)
+    mine = layer.cache.layers[0]
+    assert mine.dequantizations == 1 and mine.path == "packed" and "amplified" in mine.reason.what
+    assert mine.store.blocks.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "way, decoded", [(copy.deepcopy, 0), (lambda cache: pickle.loads(pickle.dumps(cache)), 1)], ids=["copy", "pickle"]
+)
+def test_a_proof_survives_copies_but_trusts_no_name_after_unpickling(way, decoded):
+    layer = packed_layer()
+    layer.cache = way(layer.cache)
+    mine = layer.cache.layers[0]
+    before = mine.dequantizations
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(layer, 5)
+    assert mine.path == "packed" and mine.dequantizations == before + decoded
+
+
+def test_functions_are_not_kept_alive():
+    class Large:
+        pass
+
+    def make():
+        large = Large()
+        gone.append(weakref.ref(large))
+        return lambda *args, kept=large, **kwargs: attention(*args, **kwargs)
+
+    gone: list = []
+    layer = Layer(lossless(), make())
+    check(layer, 60)
+    assert layer.cache.layers[0].path == "packed"
+    layer.function = attention
+    gc.collect()
+    assert gone[0]() is None
+    with pytest.warns(UserWarning, match="not proved"):
+        check(layer, 3)
+
+
+def test_a_function_with_the_hook_gets_no_second_one():
+    once = hook.wrap(attention)
+    assert hook.wrap(once) is once and once.__wrapped__ is attention
