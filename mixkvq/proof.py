@@ -22,6 +22,7 @@ from .reasons import Reason
 
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
 _TRIAL_KEYS = 256  # the newest ones: a function may copy all that it is given
+_PADDING_QUERIES = 4
 _SPREAD = 4.0  # largest score of a trial without a soft cap: a wrong scale or cap then shows
 
 
@@ -130,7 +131,8 @@ def _window(call: Any, rows: torch.Tensor) -> int | None:
 def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
     """Whether real queries get the same without what is before their row's first token, which is not stored.
 
-    The kernel respects masks; a function that it cannot stand in for may do anything with them.
+    The kernel respects masks; a function that it cannot stand in for may do anything with them. The newest queries are
+    asked, which are most like those to come. With dropout nothing can be told, and the answer is no.
 
     Parameters
     ----------
@@ -144,17 +146,34 @@ def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
     if start is None or not bool(start.any()):
         return True
     batch, tokens, n = call.key.shape[0], call.key.shape[2], call.query.shape[2]
+    want = output[0] if isinstance(output, tuple) else output
+    if call.arguments.get("dropout") or not (isinstance(want, torch.Tensor) and want.shape[:2] == (batch, n)):
+        return False
     column = torch.arange(tokens)
     padding = (column < start.view(-1, 1)).view(batch, 1, tokens, 1)
-    with torch.no_grad():
-        again = call.original(call.key.masked_fill(padding, 0), call.value.masked_fill(padding, 0))
-    want, got = (x[0] if isinstance(x, tuple) else x for x in (output, again))
-    if not (isinstance(want, torch.Tensor) and want.shape[:2] == (batch, n)):
+    key, value = call.key.masked_fill(padding, 0), call.value.masked_fill(padding, 0)
+    for few in dict.fromkeys((min(n, _PADDING_QUERIES), n)):  # all, if other arguments are made for all
+        mask = None if call.mask is None else call.mask[:, :, -few:]
+        got = _again(replace(call, query=call.query[:, :, -few:], mask=mask), key, value)
+        if got is not None and got.shape == want[:, -few:].shape:
+            break
+    else:
         return False
-    real = column[tokens - n :] >= start.view(-1, 1)
-    want, got = want.detach()[real].float(), got[real].float()
+    real = column[tokens - few :] >= start.view(-1, 1)
+    want, got = want.detach()[:, -few:][real].float(), got[real].float()
     tolerance = max(1e-4, 4 * torch.finfo(call.query.dtype).eps) * want.abs().max()
     return bool(((got - want).abs() <= tolerance).all())
+
+
+def _again(call: Any, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+    """What the function gives for a call that the model did not make; None if it dislikes it. No trace is left."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = call.original(key, value)
+    except Exception:  # whatever a function dislikes
+        return None
+    output = result[0] if isinstance(result, tuple) else result
+    return output.detach() if isinstance(output, torch.Tensor) else None
 
 
 # ---- trials: rows that the call did not have -----------------------------------------------------------------------
@@ -169,20 +188,15 @@ def _tried(call: Any, variant: Variant, rows: torch.Tensor) -> bool | None:
 
 
 def _succeeds(call: Any, variant: Variant, rows: torch.Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            result = call.original(call.key, call.value)
-    except Exception:  # whatever a function dislikes about a mask that the model did not make
-        return False
-    output = result[0] if isinstance(result, tuple) else result
+    output = _again(call, call.key, call.value)
     batch, heads, n, dim = call.query.shape
-    if not isinstance(output, torch.Tensor) or output.shape != (batch, n, heads, dim):
+    if output is None or output.shape != (batch, n, heads, dim):
         return False
     if call.mask is not None:  # of what sparse masks leave, a row with padding may see nothing
         rows = rows & allowed(call.mask).any(-1).flatten(1).all(1)
         if not bool(rows.any()):
             return False
-    return variant.error(call, output.detach(), rows, strictness=4) <= 1
+    return variant.error(call, output, rows, strictness=4) <= 1
 
 
 def _enlarged(call: Any) -> torch.Tensor:

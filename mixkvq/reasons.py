@@ -190,8 +190,8 @@ def other_function(function: str) -> Reason:
     """Another attention function than at the proof."""
     return Reason(
         f"{function} was not proved to be what the kernel computes",
-        "keep attn_implementation as it was when the cache was filled; or nothing: what computes the same is read packed "
-        "from its second call on",
+        "keep attn_implementation as it was when the cache was filled; or nothing: what computes the same is read "
+        "packed from its second call on",
     )
 
 

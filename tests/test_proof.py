@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from models import lossless
+from models import forward, lossless, prompts, tiny
 from one_layer import DIM, HEADS, QUERY_HEADS, Layer, attention, check
+from transformers import DynamicCache
 
 from mixkvq import reasons
 
@@ -297,3 +298,59 @@ def test_trials_are_not_recorded_by_autograd_and_leave_no_trace():
         warnings.simplefilter("error")
         layer.step(50, causal(50, 50))
     assert calls == [(50, False), (2, False), (50, False)], "the call, one trial; and the expected value of this test"
+
+
+# ---- no trace ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lengths", [[70, 50], [60]])
+def test_dropout_draws_what_it_draws_with_a_stock_cache(lengths):
+    model, inputs = tiny("llama", attention_dropout=0.3, seed=5), prompts(lengths)
+    drawn, model = [], model.train()
+    try:
+        for cache in (DynamicCache(), lossless()):
+            torch.manual_seed(3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                logits = forward(model, cache, inputs["input_ids"], inputs["attention_mask"])
+            drawn.append((logits, torch.get_rng_state()))
+    finally:
+        model.eval()
+    assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
+    for layer in cache.layers:
+        assert layer.reason == reasons.DROPOUT
+        assert layer.store.start.tolist() == [0] * len(lengths), "whether padding is hidden cannot be told"
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.5])
+def test_neither_proof_nor_padding_draws_random_numbers(gain):
+    def draws(module, query, key, value, attention_mask, **arguments):
+        output, weights = attention(module, query, key, value, attention_mask, **arguments)
+        return output * (gain + 0 * torch.rand(1)), weights
+
+    states = []
+    for cache in (DynamicCache(), lossless()):
+        layer = Layer(cache, draws, batch=2)
+        torch.manual_seed(3)
+        right_throughout(layer, (50, causal(50, 50) & (torch.arange(50) >= torch.tensor([0, 10]).view(2, 1, 1, 1)), {}))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states) and cache.layers[0].path == ("packed" if gain == 1 else "dequantized")
+    assert cache.layers[0].store.start.tolist() == [0, 10]
+
+
+@pytest.mark.parametrize("bias, queries", [(False, [50, 4]), (True, [50, 4, 50])])
+def test_whether_padding_is_hidden_is_asked_of_few_queries(bias, queries):
+    """Of all, if a further argument is made for all."""
+    calls = []
+
+    def counting(module, query, key, value, attention_mask, position_bias=None, **arguments):
+        calls.append(query.shape[2])
+        mask = attention_mask if position_bias is None else torch.where(attention_mask, position_bias, -torch.inf)
+        output, weights = attention(module, query, key, value, mask, **arguments)
+        return output * 1.5, weights
+
+    layer = Layer(lossless(), counting, batch=2)
+    mask = causal(50, 50) & (torch.arange(50) >= torch.tensor([0, 10]).view(2, 1, 1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer.step(50, mask, **({"position_bias": torch.zeros(1, 1, 50, 50)} if bias else {}))
+    assert calls == [*queries, 50], "and the expected value of this test"
+    assert layer.cache.layers[0].store.start.tolist() == [0, 10]
