@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,3 +22,11 @@ def outside_autograd(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+class OrdinaryCopies:
+    """Its tensors are ordinary ones in a copy or after unpickling too, even if that is done in inference mode."""
+
+    @outside_autograd
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, state))

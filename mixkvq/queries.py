@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from . import ops
-from .autograd import outside_autograd
+from .autograd import OrdinaryCopies, outside_autograd
 
 _POWER = {"mean_abs": 1, "rms": 2}
 
 
-class QueryStatistics:
+class QueryStatistics(OrdinaryCopies):
     """Sums of |q_d|^p per batch row, KV head and channel, over all query positions and the query heads of the KV head.
 
     Parameters

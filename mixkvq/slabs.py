@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from .autograd import OrdinaryCopies, outside_autograd
+
 SHIFT = 40
 OFFSET = (1 << SHIFT) - 1
 ALIGNMENT = 64
 _KIND, _NBYTES = 5, 20  # where the record header has its kind and length, docs/format.md section 1
 
 
-class RecordTable:
+class RecordTable(OrdinaryCopies):
     """Records of ``batch`` rows and ``heads`` heads.
 
     Attributes
@@ -36,8 +38,9 @@ class RecordTable:
         self.place = torch.zeros(batch, heads, 0, dtype=torch.int64, device=device)
         self.blocks = torch.zeros(batch, dtype=torch.int64, device=device)
 
+    @outside_autograd
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         # kernels need records on 64-byte boundaries, which not every way of loading a tensor gives
         self.slabs = [slab if slab.data_ptr() % ALIGNMENT == 0 else slab.clone() for slab in self.slabs]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _core, ops
-from .autograd import outside_autograd
+from .autograd import OrdinaryCopies, outside_autograd
 from .config import BlockCodec, MixKVQConfig
 from .queries import QueryStatistics
 from .slabs import RecordTable
@@ -38,7 +38,7 @@ class StoreTotals(NamedTuple):
     exact_blocks: int
 
 
-class PackedStore:
+class PackedStore(OrdinaryCopies):
     """State of one packed layer. Make it with `begin`.
 
     Parameters

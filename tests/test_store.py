@@ -298,6 +298,27 @@ def test_a_store_begun_in_inference_mode_goes_on_outside_and_back():
     assert store.length == 473 and store.blocks.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))], ids=["copy", "pickle"]
+)
+def test_a_store_copied_in_inference_mode_goes_on_outside(how):
+    store = begin("default", *states(2, 300), start=[0, 7])
+    for each in (store.queries.sum, store.queries._partial):
+        each.fill_(1)
+    with torch.inference_mode():
+        other = how(store)
+        again = how(other)
+    for each in (store, other, again):
+        each.attend(torch.randn(2, 4, 1, DIM, generator=torch.Generator().manual_seed(3)), observe=True)
+        each.queries.add(torch.ones(2, 4, 5, DIM), HEADS, torch.tensor([0, 2]))
+        grow(each, *states(2, 300, seed=1), 0)
+        each.crop(333)
+        each.gather(torch.tensor([1, 0, 1]))
+    for each in (other, again):
+        assert not any(tensor.is_inference() for tensor in each.tensors())
+        assert all(torch.equal(a, b) for a, b in zip(each.tensors(), store.tensors(), strict=True))
+
+
 def test_buffers_grow_for_long_queries_and_shrink_back():
     k, v = states(1, 200)
     store = begin("default", k, v)
