@@ -16,9 +16,10 @@ from transformers.cache_utils import DynamicLayer
 from . import compat, lookup, reasons
 from .agreement import Agreement
 from .arrays import precision_code
+from .assigning import AssignedStates
 from .autograd import outside_autograd
 from .config import MixKVQConfig
-from .handle import KEYS, VALUES, Handles
+from .handle import KEYS, Handles
 from .masks import NO_TOKEN, first_columns
 from .proof import Proof
 from .queries import QueryStatistics
@@ -31,7 +32,7 @@ PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
 EVERY_STEP = "keys and values are decoded in every step: "
 
 
-class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one attention layer.
 
     Parameters
@@ -143,6 +144,7 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             Naming the argument; the layer is unchanged then.
         """
         check_states(key_states, value_states)
+        self._check_assigned()
         if self.length:
             check_continues(key_states, value_states, self.states, self._dtypes)
         self.overlooked()
@@ -350,39 +352,6 @@ class MixKVQLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return self.states
         self.dequantizations += 1
         return self.store.read()
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys; decoded if packed. Assigning makes the layer plain again."""
-        return self.decode()[KEYS] if self.length else None
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._assign(value, None)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """All values; decoded if packed. Assigning makes the layer plain again."""
-        return self.decode()[VALUES] if self.length else None
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._assign(None, value)
-
-    def _assign(self, key: torch.Tensor | None, value: torch.Tensor | None) -> None:
-        old_key, old_value = self.decode() if self.length else (None, None)
-        record_past, new = self.record_past, (old_key if key is None else key, old_value if value is None else value)
-        fallen = self.store is not None
-        self._clear(reasons.ASSIGNED)
-        self.record_past, (self._k, self._v) = record_past, new
-        self.epoch += 1
-        states = next((t for t in new if t is not None), None)
-        if states is not None:
-            self.lazy_initialization(states)
-            self.length = states.shape[-2]
-        self._account()
-        if fallen:
-            self.warn("went from packed to full precision: ", reasons.ASSIGNED)
 
     # ---- shortening and moving -------------------------------------------------------------------------------------
     def reset(self) -> None:

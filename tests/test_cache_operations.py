@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import dense_copy, forward, generate, lossless, prompts, relative_gap, tiny
+from models import dense_copy, forward, generate, lossless, paths, prompts, relative_gap, tiny
 from transformers import DynamicCache, EncoderDecoderCache
 from versions import needs_linear
 
@@ -252,6 +252,50 @@ def test_assigned_tensors_are_taken_over():
     a, b = (forward(tiny("llama"), c, torch.full((3, 1), 9), mask) for c in (dense, cache))
     assert torch.equal(a, b)
     assert cache.layers[0].path == "packed", "and packed again"
+
+
+@pytest.mark.parametrize("order", [("keys", "values"), ("values", "keys")])
+@pytest.mark.parametrize("told", [False, True])
+def test_keys_and_values_assigned_to_an_empty_layer(order, told):
+    model, (cache, mask) = tiny("llama"), filled("lossless")
+    other = lossless(config=model.config) if told else lossless()
+    states = [{"keys": layer.keys, "values": layer.values} for layer in cache.layers]
+    if not told:
+        for index, state in enumerate(states):
+            other.update(state["keys"][:, :, :1], state["values"][:, :, :1], index)
+        other.crop(-1)
+    for layer, state in zip(other.layers, states, strict=True):
+        setattr(layer, order[0], state[order[0]])
+        assert layer.get_seq_length() == 0
+        with pytest.raises(ValueError, match=r"None.*were assigned to a layer"):
+            layer.update(*state.values())
+        setattr(layer, order[1], state[order[1]])
+    assert other.get_seq_length() == cache.get_seq_length()
+    mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    a, b = (forward(model, c, torch.full((3, 1), 9), mask) for c in (cache, other))
+    assert torch.allclose(a, b, atol=1e-5) and paths(other) == ["packed"] * len(states)
+
+
+def test_assigning_none_empties_a_layer():
+    cache, _ = filled()
+    for layer in cache.layers:
+        states = layer.keys, layer.values
+        with nullcontext() if layer.index else pytest.warns(UserWarning, match="layer 0: .* assigned"):
+            layer.keys = None
+        assert layer.keys is None and torch.equal(layer.values, states[1]) and layer.get_seq_length() == 0
+        layer.values = None
+        assert layer.values is None and not layer.is_initialized and "nothing cached" in layer.reason.what
+        layer.update(*states)
+        assert layer.get_seq_length() == states[0].shape[2]
+
+
+def test_what_is_assigned_and_cannot_be_packed_stays_in_full_precision():
+    cache = MixKVQCache(config=tiny("llama").config)
+    cache.layers[0].keys, cache.layers[0].values = torch.randn(1, 2, 300, 12), torch.randn(1, 2, 300, 12)
+    assert "no packed kernels" in cache.layers[0].reason.what and cache.get_seq_length() == 300
+    cache.update(torch.randn(1, 2, 1, 12), torch.randn(1, 2, 1, 12), 0)
+    cache.update(torch.randn(1, 2, 1, 12), torch.randn(1, 2, 1, 12), 0)
+    assert cache.layers[0].path == "native" and cache.get_seq_length() == 302
 
 
 def test_in_an_encoder_decoder_cache():
