@@ -16,7 +16,7 @@ from . import compat, lookup, reasons
 from .agreement import POSITIONS, Agreement, attend_as_agreed
 from .handle import KEYS, VALUES, PackedHandle
 from .identity import Attention
-from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, PLAIN, MixKVQLayer
+from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, MixKVQLayer
 from .masks import reveals_padding
 from .proof import Proof, hides_padding, prove, sink_logits
 from .reasons import Reason
@@ -227,7 +227,7 @@ def _plain_call(tag: Tag, call: Call) -> Any:
         return result
     if call._query_refusal(layer) is None and (call.mask is None or call._mask_refusal(layer) is None):
         layer.observe(call.query, call.mask)
-    if layer.mode == PLAIN and layer.ready():
+    if layer.undecided():
         layer.decide(call.refusal(layer) or _prove(call, result))
         if layer.mode == DEQUANTIZED and not hides_padding(call, result, layer.start):
             layer.keep_padding()

@@ -88,6 +88,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         self.queries = QueryStatistics(self.mixkvq_config.salience)
         self.length = 0
         self.waiting = False  # handed tensors out that the hook has not seen coming back
+        self._unseen = False  # overlooked such: what attention computes is open, even if decoded tensors are handed out
         self._unsettled = True  # plain tensors may be views of larger ones, or statistics are not accounted for
         self._k: torch.Tensor | None = None
         self._v: torch.Tensor | None = None
@@ -188,12 +189,8 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
-            # What is handed out gets tagged, and a tag must not become part of the layer. Aliases of what is packed as
-            # soon as attention has run; copies of what stays, since the caller may use its tensors again.
-            soon = self.mode != NATIVE and self.length >= self._threshold
-            self._k, self._v = (
-                t.view_as(t) if t.requires_grad else t.detach() if soon else t.detach().clone() for t in (key, value)
-            )
+            # copies: the caller may use its tensors again, and a tag must not become part of the layer
+            self._k, self._v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
             self._account()
             self._unsettled = True
             return key, value
@@ -243,18 +240,29 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         return self.mixkvq_config.block_length if self.record_past else 0
 
     def overlooked(self) -> None:
-        """The tensors handed out last never reached the hook: once packing is due, go on with decoded tensors."""
+        """The tensors handed out last never reached the hook: once packing is due, go on with decoded tensors.
+
+        Unless no attention may have run at all: who fills a cache by `update` need not compute with what comes back.
+        """
         fallen = self.mode == PLAIN and self.waiting and self.ready()
         if fallen:
-            self.mode, self.reason = DEQUANTIZED, reasons.COMPILED if self.compiled else lookup.blindness()
+            blind = reasons.COMPILED if self.compiled else lookup.blindness()
+            fallen = self._unseen or blind != reasons.INVISIBLE
+            self._unseen = True
+            self.mode, self.reason = (DEQUANTIZED, blind) if fallen else (PLAIN, reasons.FILLED)
         if self.mode == DEQUANTIZED and self.waiting:
             self.pack()
         self.waiting = False
         if fallen:  # last: under -W error a warning is an exception
             self.warn(EVERY_STEP, self.reason)
 
+    def undecided(self) -> bool:
+        """Whether an attention call that is seen must tell the path: now, or after all."""
+        return self.ready() if self.mode == PLAIN else self.mode == DEQUANTIZED and self._unseen
+
     def decide(self, verdict: Proof | Reason | None) -> None:
         """Choose the path by what `proof.prove` found."""
+        self._unseen &= verdict is None
         if isinstance(verdict, Proof):
             self.mode, self.proof = PACKED, verdict
             self.reason = reasons.packed(verdict.function)

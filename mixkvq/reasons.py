@@ -70,6 +70,10 @@ ASSIGNED = Reason(
     "tensors were assigned from outside",
     "the next attention call packs them again; crop, reorder_cache and batch_select_indices keep records as they are",
 )
+FILLED = Reason(
+    "filled by update: no attention was seen yet",
+    f"{_FINE}: the next attention call tells how it is read",
+)
 
 # ---- native: full precision ----------------------------------------------------------------------------------------
 GRADIENTS = Reason("gradients are required", "call the model under torch.no_grad() or torch.inference_mode()")

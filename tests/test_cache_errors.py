@@ -182,6 +182,7 @@ def test_keys_that_are_not_finite_are_kept_exact_and_reported(bad):
     key[1, 0, 100, 3] = bad
     cache = MixKVQCache()
     cache.update(key, value, 0)
+    cache.update(states(tokens=1), states(tokens=1), 0)
     with pytest.warns(UserWarning, match="decoded in every step"):
         keys, _ = cache.update(states(), states(), 0)
     report = cache.report()

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import forward, lossless, prompts, tiny
+from models import forward, lossless, paths, prompts, tiny
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, arrays, ops
@@ -21,6 +21,48 @@ def test_short_inputs_are_copied():
     cache.update(key, key, 0)
     key.zero_()
     assert cache.layers[0].keys.sum() == 160
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_cache_filled_by_update_is_read_packed(told, chunks):
+    """Nobody computed with what those updates returned, which says nothing of the model.
+
+    After several updates of full blocks it seems to say something, until the model's attention is seen.
+    """
+    model, inputs = tiny("llama"), prompts([90, 70])
+    plain, cache = DynamicCache(), lossless(config=model.config) if told else lossless()
+    forward(model, plain, inputs["input_ids"], inputs["attention_mask"])
+    saved = [(layer.keys.clone(), layer.values.clone()) for layer in plain.layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if chunks == 1 else "ignore")
+        for index, states in enumerate(saved):
+            for parts in zip(*(tensor.chunk(chunks, 2) for tensor in states), strict=True):
+                cache.update(*parts, index)
+        for states in saved:
+            for tensor in states:
+                tensor.zero_()
+        if chunks == 1:
+            assert "filled by update" in cache.layers[0].reason.what
+        for step in range(3):
+            mask = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], 1)
+            want, got = (forward(model, each, torch.tensor([[5], [6]]), mask) for each in (plain, cache))
+            assert torch.allclose(got, want, atol=1e-5)
+    assert paths(cache) == ["packed"] * len(saved)
+    assert "proved" in cache.layers[0].reason.what
+    if chunks == 1:
+        assert cache.layers[0].dequantizations == 0 and cache.layers[0].store.start.tolist() == [0, 20]
+
+
+def test_attention_that_is_never_seen_packs_one_step_later():
+    model, cache, ids = tiny("bloom", "eager"), lossless(), torch.tensor([[5]])
+    forward(model, cache, prompts([90])["input_ids"])
+    assert paths(cache)[0] == "native" and "filled by update" in cache.layers[0].reason.what
+    with pytest.warns(UserWarning, match="does not pass through"):
+        forward(model, cache, ids)
+        forward(model, cache, ids)
+    assert paths(cache) == ["dequantized"] * len(cache.layers)
+    assert all(layer.store.blocks.tolist() == [2] for layer in cache.layers)
 
 
 @pytest.mark.parametrize("move", ["reorder", "select", "repeat"])
@@ -71,7 +113,8 @@ def test_a_key_reference_lives_as_long_as_a_coded_record():
         cache = MixKVQCache(**fields)
         start = torch.cat([first_block, key[:, :, 32:96] + 5], 2)
         with pytest.warns(UserWarning, match="decoded"):  # nobody attends
-            cache.update(start, start, 0)
+            cache.update(start[:, :, :64], start[:, :, :64], 0)
+            cache.update(start[:, :, 64:], start[:, :, 64:], 0)
             cache.update(key[:, :, :1], key[:, :, :1], 1)
         if crop:
             cache.crop(-(cache.get_seq_length() - 32))

@@ -230,7 +230,8 @@ def test_raised_scales_are_counted():
     cache = MixKVQCache(key_reference="none")
     cache.update(key, torch.randn(1, 2, 300, 16), 0)
     with pytest.warns(UserWarning):
-        cache.update(key[:, :, :1], key[:, :, :1], 0)
+        for _ in range(2):
+            cache.update(key[:, :, :1], key[:, :, :1], 0)
     report = cache.report()
     assert report.layers[0].raised_scales > 0 and "raised scales:" in str(report)
 
@@ -240,5 +241,5 @@ def test_one_warning_per_cache():
     with pytest.warns(UserWarning, match="AttentionInterface") as caught:
         generate(tiny("bloom", "eager"), prompts([60]), cache, 5)
     assert len(caught) == 1 and "cache.report()" in str(caught[0].message)
-    assert all(layer.dequantizations == 4 for layer in cache.report().layers)
+    assert all(layer.dequantizations == 3 for layer in cache.report().layers)
     assert all("AttentionInterface" in layer.reason for layer in cache.report().layers)
