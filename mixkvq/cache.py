@@ -129,6 +129,7 @@ class MixKVQCache(LinearStates, DynamicCache):
             self._account_foreign(layer_idx)
         if type(keys) is not PackedHandle and (not self._learned or (ours and layer.mode != NATIVE)):
             tag = Tag(self, layer_idx, layer.epoch if ours else 0)
+            keys, values = keys.view_as(keys), values.view_as(values)  # neither the caller's tensors nor the layer's
             setattr(keys, TAG, tag)
             setattr(values, TAG, tag)
         return keys, values

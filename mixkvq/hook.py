@@ -55,6 +55,9 @@ class Tag:
     def __init__(self, cache: MixKVQCache, index: int, epoch: int) -> None:
         self.cache, self.index, self.epoch = weakref.ref(cache), index, epoch
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copied or unpickled tensor is nobody's
+
 
 def _name(function: Attention) -> str:
     module = getattr(function, "__module__", "").rpartition(".")[2]

@@ -189,7 +189,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
-            # copies: the caller may use its tensors again, and a tag must not become part of the layer
+            # copies: the caller may use its tensors again
             self._k, self._v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
             self._account()
             self._unsettled = True
@@ -201,7 +201,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             new = self._bytes + key.nbytes + value.nbytes
             self.ledger.change(self._bytes, new)
             self._bytes = new
-        return self._k.view_as(self._k), self._v.view_as(self._v)
+        return self._k, self._v
 
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:

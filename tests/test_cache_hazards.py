@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import warnings
 
 import numpy as np
@@ -12,6 +15,7 @@ from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, arrays, ops
 from mixkvq.compat import cache_argument
+from mixkvq.hook import TAG
 
 HUGE = 2**63 - 1
 
@@ -21,6 +25,20 @@ def test_short_inputs_are_copied():
     cache.update(key, key, 0)
     key.zero_()
     assert cache.layers[0].keys.sum() == 160
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_tensors_that_go_in_and_come_out_can_be_copied_and_saved(tokens):
+    key, cache = torch.randn(1, 2, tokens, 16), MixKVQCache()
+    out = cache.update(key, key, 0)
+    assert not vars(key) and torch.equal(out[0], key) and torch.equal(out[1], key)
+    torch.save(key, io.BytesIO())
+    for each in (*out, *cache.update(key, key, 0)):
+        tag = getattr(each, TAG)
+        for other in (copy.deepcopy(each), pickle.loads(pickle.dumps(each))):
+            assert torch.equal(other, each) and getattr(other, TAG, None) is None
+        assert getattr(each, TAG) is tag and tag.cache() is cache
+    assert not any(map(vars, cache.layers[0].states))
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
