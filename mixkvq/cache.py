@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ class MixKVQCache(LinearStates, DynamicCache):
     Parameters
     ----------
     preset : str or MixKVQConfig
-        Name of a preset (`list_presets`) or a configuration.
+        Name of a preset (`list_presets`) or a configuration; or ``ddp_cache_data``, which `DynamicCache` takes first.
+    ddp_cache_data : iterable of (keys, values, ...), optional
+        What the layers hold from the beginning, as other caches give it when iterated over.
     config : transformers.PreTrainedConfig, optional
         The model's configuration, as in `DynamicCache`: lays sliding-window and other layers out at once. Without it
         the cache learns the layout in the first attention call.
@@ -61,14 +64,17 @@ class MixKVQCache(LinearStates, DynamicCache):
 
     def __init__(
         self,
-        preset: str | MixKVQConfig = "default",
+        preset: str | MixKVQConfig | Iterable[Sequence[Any]] = "default",
         *,
+        ddp_cache_data: Iterable[Sequence[Any]] | None = None,
         config: Any = None,
         calibration: str | Path | Calibration | None = None,
         precision: str = "default",
         **overrides: Any,
     ) -> None:
         compat.warn_if_unknown()
+        if ddp_cache_data is None and isinstance(preset, Iterable) and not _says_how(preset):
+            preset, ddp_cache_data = "default", preset
         self.mixkvq_config = _configuration(preset, overrides)
         self.calibration = None if calibration is None else Calibration.of(calibration)
         self._layer_configs: dict[int, MixKVQConfig] = {}
@@ -93,6 +99,8 @@ class MixKVQCache(LinearStates, DynamicCache):
             self._check_model(config)
             self._lay_out(config)
         install()
+        if ddp_cache_data is not None:
+            self._fill(ddp_cache_data)
 
     # ---- growing ---------------------------------------------------------------------------------------------------
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -159,6 +167,23 @@ class MixKVQCache(LinearStates, DynamicCache):
         elif type(self.layers[index]) is compat.LinearLayer:
             self._to_hybrid(index, getattr(self.layers[index], "number_of_states", 1))
         return self.layers[index]
+
+    def _fill(self, data: Iterable[Sequence[Any]]) -> None:
+        """Take over what other caches held, layer by layer."""
+        for index, states in enumerate(data):
+            if not isinstance(states, Sequence) or len(states) < 2:
+                raise TypeError(f"ddp_cache_data has {states!r} for layer {index}, must be (keys, values)")
+            key, value = states[:2]
+            if key is not None or value is not None:
+                check_states(key, value)
+            if index >= len(self.layers):
+                theirs = DynamicCache([tuple(states)]).layers[0]  # a third element may say that it is a sliding layer
+                self.layers.append(self._new_layer(index) if type(theirs) is DynamicLayer else theirs)
+                if type(theirs) is not DynamicLayer:
+                    self._account_foreign(index)
+                    continue
+            if key is not None:
+                self.update(key, value, index)
 
     def _config_of(self, index: int) -> MixKVQConfig:
         """The configuration of one layer."""
@@ -335,6 +360,11 @@ def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerRe
         empty=compat.DummyLayer is not None and isinstance(layer, compat.DummyLayer),
     )
     return LayerReport(index, NATIVE, why, int(length), held_bytes(held), elements)
+
+
+def _says_how(preset: Any) -> bool:
+    """Whether a first argument is no keys and values; a model's configuration, which can be iterated over, is wrong."""
+    return isinstance(preset, (str, MixKVQConfig)) or hasattr(preset, "get_text_config")
 
 
 def _configuration(preset: Any, overrides: dict[str, Any]) -> MixKVQConfig:

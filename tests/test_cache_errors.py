@@ -30,7 +30,10 @@ def states(batch=2, heads=2, tokens=5, dim=16, **options):
         ((), {"residual_length": 64}, ValueError, ["residual_length is 64", "block_length <= residual_length"]),
         ((), {"precision": "half"}, ValueError, ["precision is 'half'", "'default', 'exact', 'fast'"]),
         ((LlamaConfig(),), {}, TypeError, ["LlamaConfig", "MixKVQCache(config=...)"]),
-        (([(1, 2)],), {}, TypeError, ["must be the name of a preset or a MixKVQConfig"]),
+        ((3,), {}, TypeError, ["preset is 3", "must be the name of a preset or a MixKVQConfig"]),
+        (([(1, 2)],), {}, TypeError, ["key_states is int"]),
+        (([3],), {}, TypeError, ["ddp_cache_data has 3 for layer 0", "(keys, values)"]),
+        ((["default"],), {"ddp_cache_data": []}, TypeError, ["preset is ['default']"]),
         ((None,), {}, TypeError, ["preset is None"]),
         ((), {"config": "llama"}, TypeError, ["config is 'llama'", "model.config"]),
     ],
@@ -150,7 +153,8 @@ def test_layers_out_of_order():
 def test_what_records_cannot_hold_stays_in_full_precision(make, reason):
     cache, (key, value) = MixKVQCache(), make()
     got = cache.update(key, value, 0)
-    assert got[0] is key and got[1] is value
+    for a, b in zip(got, (key, value), strict=True):
+        assert (a.shape, a.data_ptr(), a.requires_grad) == (b.shape, b.data_ptr(), b.requires_grad)
     keys, values = cache.update(key, value, 0)
     assert keys.shape[2] == values.shape[2] == 600 and keys.requires_grad == key.requires_grad
     if key.device.type == "cpu":

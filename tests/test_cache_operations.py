@@ -12,9 +12,11 @@ import pytest
 import torch
 from models import dense_copy, forward, generate, lossless, paths, prompts, relative_gap, tiny
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 from versions import needs_linear
 
 from mixkvq import MixKVQCache, compat, ops
+from mixkvq.layer import MixKVQLayer
 
 FIELDS = {"block_length": 32, "residual_length": 32, "key_group_size": 32, "sink_length": 4, "precision": "exact"}
 PRESETS = ["default", "kivi-2", "paper", "layer"]
@@ -237,6 +239,34 @@ def test_iterating_gives_decoded_tensors():
     cache, _ = filled()
     for (keys, values, *_), layer in zip(cache, cache.layers, strict=True):
         assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_cache_of_the_keys_and_values_of_others(family, told):
+    model, inputs = tiny(family, "eager"), prompts([90, 70])
+    config = {"config": model.config} if told else {}
+    parts = []
+    for row in (0, 1):
+        parts.append(MixKVQCache("lossless", config=model.config))
+        forward(model, parts[-1], inputs["input_ids"][row : row + 1], inputs["attention_mask"][row : row + 1])
+
+    def gather(states):
+        return tuple(each[0] if i == 2 else torch.cat(each) for i, each in enumerate(zip(*states, strict=True)))
+
+    expected, mask = DynamicCache(map(gather, zip(*parts, strict=True)), **config), inputs["attention_mask"]
+    caches = [
+        MixKVQCache(map(gather, zip(*parts, strict=True)), **config, **FIELDS),
+        lossless(ddp_cache_data=map(gather, zip(*parts, strict=True)), **config),
+    ]
+    assert [type(a) for a in caches[0].layers if type(a) is not MixKVQLayer] == [
+        type(a) for a in expected.layers if type(a) is not DynamicLayer
+    ]
+    for step in range(2):
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        want, *got = (forward(model, c, torch.full((2, 1), step + 5), mask) for c in (expected, *caches))
+        assert torch.allclose(got[1], want, atol=1e-5) and relative_gap(got[0], want) < 0.5
+    assert "packed" in paths(caches[0]) and paths(caches[0]) == paths(caches[1])
 
 
 def test_assigned_tensors_are_taken_over():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 import mixkvq
 from mixkvq import MixKVQCache
@@ -39,22 +39,8 @@ class SwappedCache(MixKVQCache):
     """A `MixKVQCache` with the constructor of `DynamicCache`."""
 
     def __init__(self, ddp_cache_data: Iterable[Any] | None = None, config: Any = None, **never_offloads: Any) -> None:
-        super().__init__("lossless", config=config, **SHORT)
+        super().__init__("lossless", ddp_cache_data=ddp_cache_data, config=config, **SHORT)
         made.append(self)
-        if ddp_cache_data is None:
-            return
-        for index, theirs in enumerate(stock(ddp_cache_data, config).layers):
-            if type(theirs) is not DynamicLayer:
-                self.layers[index:] = [theirs]
-            elif theirs.is_initialized:
-                self.update(theirs.keys, theirs.values, index)
-
-
-def stock(*args: Any, **kwargs: Any) -> DynamicCache:
-    """What ``DynamicCache(...)`` is without this plugin."""
-    cache: DynamicCache = object.__new__(DynamicCache)
-    DynamicCache.__init__(cache, *args, **kwargs)
-    return cache
 
 
 def new(cls: type, *args: Any, **kwargs: Any) -> Any:

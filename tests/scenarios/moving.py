@@ -174,11 +174,13 @@ def pickles(case: Case) -> None:
 
 @scenario()
 def data_parallel_gathering(case: Case) -> None:
-    """Iterating gives keys and values, from which DistributedDataParallel makes a stock cache."""
+    """Iterating gives keys and values, from which DataParallel makes another cache of the same class."""
 
     def gathered(cache):
         if isinstance(cache, EncoderDecoderCache):
-            return EncoderDecoderCache(iter(cache))
-        return DynamicCache(iter(cache))
+            return EncoderDecoderCache(gathered(cache.self_attention_cache), gathered(cache.cross_attention_cache))
+        if type(cache) is DynamicCache:
+            return DynamicCache(iter(cache))
+        return MixKVQCache(cache.mixkvq_config, ddp_cache_data=iter(cache), precision=cache.precision)
 
     _copied(case, gathered)
