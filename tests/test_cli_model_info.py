@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from cli_fixtures import save_tiny_model
+from families import FAMILIES
 from models import tiny
 from transformers import DynamicCache
 
@@ -74,10 +75,13 @@ def test_a_configuration_without_weights(tmp_path, dtype, capsys):
         ("gemma2", "1 of 2 layers packed (1 native)", "at most 48 tokens are kept"),
         ("bloom", "0 of 2 layers packed (2 dequantized)", "does not pass through transformers' AttentionInterface"),
         ("deepseek_v3", "0 of 2 layers packed (2 native)", "latent (MLA)"),
+        ("deepseek_v4", "0 of 2 layers packed (2 native)", "DeepseekV4HCACache: at most 48 tokens"),
         ("mistral", "0 of 2 layers packed (2 native)", "DynamicSlidingWindowLayer"),
     ],
 )
 def test_other_families(tmp_path, capsys, family, summary, words):
+    if reason := FAMILIES[family].absent("eager"):
+        pytest.skip(reason)
     tiny(family, "eager").config.save_pretrained(tmp_path)
     text = printed(capsys, "--model", str(tmp_path), "--attn", "eager")
     assert text.splitlines()[-1].startswith(f"{summary}: ")
@@ -151,6 +155,15 @@ def test_a_model_that_cannot_continue_text_says_so(llama, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", broken)
     message = refused(model=str(llama))
     assert "it cannot continue text with transformers alone (ValueError: needs pixel_values)" in message
+
+
+def test_a_model_that_only_our_cache_breaks_says_so(llama, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("no such thing\nand more")
+
+    monkeypatch.setattr(model_info.MixKVQCache, "update", broken)
+    message = refused(model=str(llama))
+    assert message.endswith("which is a bug of mixkvq (AttributeError: no such thing)")
 
 
 def test_the_commands_help_names_the_options(capsys):

@@ -126,18 +126,19 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
         except (ValueError, ImportError, KeyError) as error:
             raise UserError(f"--attn is {options.attn!r}: {_first_line(error)}") from error
     ids, prompt = _prompt(model, tokenizer, options.tokens)
-    ours = MixKVQCache(options.preset)
     stock = transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
         _generate(model, ids, stock)
     except Exception as error:
-        why = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(
-            f"--model is {options.model!r}: it cannot continue text with transformers alone ({why})"
-        ) from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "MixKVQCache: ")  # the report says it
-        _generate(model, ids, ours)
+        raise _failure(options, "it cannot continue text with transformers alone", error) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "MixKVQCache: ")  # the report says it
+            ours = MixKVQCache(options.preset, config=model.config)
+            _generate(model, ids, ours)
+    except Exception as error:
+        problem = "it continues text with DynamicCache but not with MixKVQCache, which is a bug of mixkvq"
+        raise _failure(options, problem, error) from error
     return ModelInfo(
         options=options,
         architecture=type(model).__name__,
@@ -241,6 +242,10 @@ def available_memory() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _failure(options: ModelInfoOptions, problem: str, error: Exception) -> UserError:
+    return UserError(f"--model is {options.model!r}: {problem} ({type(error).__name__}: {_first_line(error)})")
 
 
 def _first_line(error: Exception) -> str:
