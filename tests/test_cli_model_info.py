@@ -101,6 +101,41 @@ def test_an_encoder_and_a_decoder(tmp_path, capsys):
     assert text.splitlines()[-1].startswith("2 of 2 layers packed: ")
 
 
+@pytest.mark.parametrize(
+    "family, summary",
+    [
+        *((name, "2 of 2 layers packed: ") for name in ("idefics3", "internvl", "paligemma", "qwen2_vl", "qwen3_vl")),
+        ("mistral3", "0 of 2 layers packed (2 native): "),
+        ("led", "0 of 2 layers packed"),  # too short: its decoder has 128 positions
+        ("whisper", "2 of 2 layers packed: "),
+        ("moonshine", "2 of 2 layers packed: "),
+    ],
+)
+def test_models_that_see_or_hear(tmp_path, capsys, family, summary):
+    attention = FAMILIES[family].attention[0]
+    if reason := FAMILIES[family].absent(attention):
+        pytest.skip(reason)
+    tiny(family, attention).config.save_pretrained(tmp_path)
+    text = printed(capsys, "--model", str(tmp_path))
+    assert text.startswith(f"{FAMILIES[family].model} in float32")
+    assert text.splitlines()[-1].startswith(summary)
+    assert (", after noise for the encoder;" in text) == (family in ("whisper", "moonshine"))
+
+
+@pytest.mark.parametrize(
+    "config, auto",
+    [
+        ("LlavaConfig", "AutoModelForImageTextToText"),
+        ("LlamaConfig", "AutoModelForCausalLM"),
+        ("T5Config", "AutoModelForSeq2SeqLM"),
+        ("WhisperConfig", "AutoModelForSpeechSeq2Seq"),
+        ("ViTConfig", "AutoModelForCausalLM"),
+    ],
+)
+def test_the_class_that_continues_text(config, auto):
+    assert model_info._auto(getattr(transformers, config)()).__name__ == auto
+
+
 def test_too_short_a_text_says_where_packing_begins(llama, capsys):
     text = printed(capsys, "--model", str(llama), "--tokens", "100")
     assert "layers 0-1 native: nothing packed yet: begins at 132 tokens -> nothing to do" in text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ from .text import text_ids
 
 NEW_TOKENS = 8
 _TOKENS = 512
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq")
+_AUTO_WITH_ENCODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
+_HEARD: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "input_features": lambda config: (config.num_mel_bins, 2 * config.max_source_positions),  # a spectrogram
+    "input_values": lambda config: (getattr(config, "sampling_rate", 16000),),  # a second of samples
+}
+"""Shape of what the encoder of a speech model takes, by the name of the argument."""
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_decoder_position_embeddings",
+    "max_encoder_position_embeddings",
+)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "tf_model.h5", "model.ckpt*")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab*", "*.tiktoken", "spiece.model", "*.spm", "tekken.json")
 
@@ -145,7 +160,7 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
         attention=model.config.get_text_config(decoder=True)._attn_implementation,
         dtype=str(model.dtype).removeprefix("torch."),
         weights=weights,
-        prompt=prompt,
+        prompt=f"{prompt}, after noise for the encoder" if model.main_input_name in _HEARD else prompt,
         tokens=int(ours.get_seq_length()),
         report=ours.report(),
         stock_nbytes=cache_nbytes(stock),
@@ -153,21 +168,30 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
 
 
 def _generate(model: Any, ids: torch.Tensor, cache: Any) -> None:
-    """Read the prompt and decode `NEW_TOKENS`; an encoder, where there is one, reads the prompt too."""
+    """Read the prompt and decode `NEW_TOKENS`."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
+        inputs = _encoded(model, ids) | {"decoder_input_ids": ids}
         cache = transformers.EncoderDecoderCache(cache, transformers.DynamicCache())
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
     with torch.inference_mode():
         model.generate(**inputs, **cache_argument(cache), **options)
 
 
+def _encoded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the encoder reads: the prompt, or noise if it hears."""
+    name = model.main_input_name
+    if name not in _HEARD:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    noise = torch.randn(1, *_HEARD[name](model.config), generator=torch.Generator().manual_seed(0))
+    return {name: noise.to(model.dtype)}
+
+
 def _prompt(model: Any, tokenizer: Any, wanted: int | None) -> tuple[torch.Tensor, str]:
     """Token ids [1, n], and what they are."""
     config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    room = limit - NEW_TOKENS if isinstance(limit, int) else None
+    limit = min((limit for name in _POSITIONS if isinstance(limit := getattr(config, name, None), int)), default=None)
+    room = None if limit is None else limit - NEW_TOKENS
     if room is not None and wanted is not None and wanted > room:
         raise UserError(f"--tokens is {wanted}, must be at most {room}: the model has {limit} positions")
     tokens = wanted if wanted is not None else min(_TOKENS, _TOKENS if room is None else room)
@@ -192,7 +216,7 @@ def _load(options: ModelInfoOptions) -> tuple[Any, Any, str]:
         raise UserError(f"--model is {options.model!r}, which has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        auto = _auto(config)
         if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             model = auto.from_pretrained(folder, dtype=options.dtype)
             weights = "weights of the folder"
@@ -203,6 +227,13 @@ def _load(options: ModelInfoOptions) -> tuple[Any, Any, str]:
         needed = "must be a folder with a language model that transformers knows"
         raise UserError(f"--model is {options.model!r}, {needed} ({_first_line(error)})") from error
     return model.eval(), _tokenizer(folder), weights
+
+
+def _auto(config: Any) -> Any:
+    """The class that makes a model of this configuration that continues text; the first one, if none does."""
+    names = _AUTO_WITH_ENCODER if config.is_encoder_decoder else _AUTO
+    autos = [getattr(transformers, name) for name in names]
+    return next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])
 
 
 def _tokenizer(folder: Path) -> Any:
