@@ -201,6 +201,13 @@ def test_a_model_that_only_our_cache_breaks_says_so(llama, monkeypatch):
     assert message.endswith("which is a bug of mixkvq (AttributeError: no such thing)")
 
 
+def test_the_help_says_what_runs(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The model is loaded, reads 512 tokens of documentation and decodes 8, once with each cache" in text
+
+
 def test_the_commands_help_names_the_options(capsys):
     with pytest.raises(SystemExit):
         main(["info", "--help"])

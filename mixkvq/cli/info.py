@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixkvq info",
         description="Print what a bug report needs; with --model, which layers of a model are packed, why the others "
-        "are not and what to do about it, and how many bytes that saves. The model reads a page of the Python "
-        "documentation and decodes 8 tokens.",
+        "are not and what to do about it, and how many bytes that saves. The model is loaded, reads 512 tokens "
+        "of documentation and decodes 8, once with each cache.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add = parser.add_argument_group("a model").add_argument
