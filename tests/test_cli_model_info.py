@@ -171,6 +171,19 @@ def test_wrong_options(llama, options, message):
     assert message in refused(model=str(llama), **options)
 
 
+@pytest.mark.parametrize("positions", [1, 8])
+def test_too_few_positions(tmp_path, positions):
+    tiny("llama", max_position_embeddings=positions).config.save_pretrained(tmp_path)
+    message = f"a model with {positions} positions, must have more than the 8 that are decoded"
+    assert message in refused(model=str(tmp_path)) and message in refused(model=str(tmp_path), tokens=1)
+
+
+def test_one_position_more_than_is_decoded(tmp_path, capsys):
+    tiny("llama", max_position_embeddings=9).config.save_pretrained(tmp_path)
+    text = printed(capsys, "--model", str(tmp_path))
+    assert "; 1 random tokens" in text and "0 of 2 layers packed (2 native): " in text
+
+
 def test_random_weights_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     tiny("llama").config.save_pretrained(tmp_path)
     monkeypatch.setattr(model_info, "available_memory", lambda: 100_000)

@@ -140,7 +140,7 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
             model.set_attn_implementation(options.attn)
         except (ValueError, ImportError, KeyError) as error:
             raise UserError(f"--attn is {options.attn!r}: {_first_line(error)}") from error
-    ids, prompt = _prompt(model, tokenizer, options.tokens)
+    ids, prompt = _prompt(model, tokenizer, options)
     stock = transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
         _generate(model, ids, stock)
@@ -187,11 +187,15 @@ def _encoded(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: noise.to(model.dtype)}
 
 
-def _prompt(model: Any, tokenizer: Any, wanted: int | None) -> tuple[torch.Tensor, str]:
+def _prompt(model: Any, tokenizer: Any, options: ModelInfoOptions) -> tuple[torch.Tensor, str]:
     """Token ids [1, n], and what they are."""
+    wanted = options.tokens
     config = model.config.get_text_config(decoder=True)
     limit = min((limit for name in _POSITIONS if isinstance(limit := getattr(config, name, None), int)), default=None)
     room = None if limit is None else limit - NEW_TOKENS
+    if room is not None and room < 1:
+        needed = f"must have more than the {NEW_TOKENS} that are decoded"
+        raise UserError(f"--model is {options.model!r}, a model with {limit} positions, {needed}")
     if room is not None and wanted is not None and wanted > room:
         raise UserError(f"--tokens is {wanted}, must be at most {room}: the model has {limit} positions")
     tokens = wanted if wanted is not None else min(_TOKENS, _TOKENS if room is None else room)
