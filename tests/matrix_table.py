@@ -15,10 +15,17 @@ MARKS = "<!-- table of make matrix -->", "<!-- end of table -->"
 class Row:
     """What became of one family."""
 
-    path: str = ""
     attention: set[str] = field(default_factory=set)
+    paths: dict[str, str] = field(default_factory=dict)  # seen in the run, by attention
     outcomes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # tests by outcome
     without: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # scenarios skipped, by reason
+
+    @property
+    def path(self) -> str:
+        """One for all attention implementations, or each with its own; a dash where none was seen."""
+        if len(set(self.paths.values())) < 2:
+            return next(iter(self.paths.values()), "-")
+        return "; ".join(f"{attention}: {path}" for attention, path in sorted(self.paths.items()))
 
 
 class Table:
@@ -40,8 +47,9 @@ class Table:
                 row = table.rows[about["family"]]
                 if "sample" in about:
                     table.samples[about["sample"]].add(about["family"])
-                row.path = shorten(about["path"])
                 row.attention.add(about["attention"])
+                if "path" in about:
+                    row.paths[about["attention"]] = shorten(about["path"])
                 row.outcomes[outcome].add(report.nodeid)
                 if outcome == "skipped":
                     scenario = report.nodeid.rpartition("-")[2].rstrip("]")
@@ -88,4 +96,6 @@ class Table:
 
 def shorten(path: str) -> str:
     """``packed packed native`` as ``2 packed, 1 native``, in the order of the layers."""
-    return ", ".join(f"{len(list(group))} {name}" for name, group in groupby(path.split()))
+    return " or ".join(
+        ", ".join(f"{len(list(group))} {name}" for name, group in groupby(one.split())) for one in path.split(" or ")
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import models
 import pytest
 import torch
-from families import FAMILIES
+from families import DECODED, FAMILIES
 from scenarios import SCENARIOS, Case
 
 SAMPLE = {"llama", "gemma2", "qwen3_next", "bloom"}
@@ -45,8 +46,8 @@ def cases():
 
 @pytest.mark.parametrize("family, attention, scenario", list(cases()))
 def test_same_as_the_stock_cache(family, attention, scenario, record_property):
-    for name, value in (("family", family.name), ("attention", attention), ("path", " ".join(family.paths(attention)))):
-        record_property(name, value)
+    record_property("family", family.name)
+    record_property("attention", attention)
     if SCENARIOS[scenario].families is not None:
         record_property("sample", scenario)
     if reason := family.absent(attention):
@@ -54,7 +55,19 @@ def test_same_as_the_stock_cache(family, attention, scenario, record_property):
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dequantized layers say so
-        SCENARIOS[scenario](Case(family, attention))
+        case = Case(family, attention)
+        try:
+            SCENARIOS[scenario](case)
+        finally:
+            if scenario == "greedy" and case.seen:
+                record_property("path", case.seen)
+
+
+def test_the_path_that_is_recorded_is_the_one_seen():
+    family, recorded = replace(FAMILIES["llama"], layers=(DECODED, DECODED)), {}
+    with pytest.raises(AssertionError):
+        test_same_as_the_stock_cache(family, "sdpa", "greedy", recorded.__setitem__)
+    assert recorded == {"family": "llama", "attention": "sdpa", "path": "packed packed"}
 
 
 BFLOAT16 = [

@@ -9,9 +9,10 @@ from matrix_table import MARKS, Table
 
 
 def report(name: str, attention: str, scenario: str, why: str = "", **about: str) -> SimpleNamespace:
+    """A test's, with these properties besides."""
     return SimpleNamespace(
         nodeid=f"tests/test_matrix.py::test[{name}-{attention}-{scenario}]",
-        user_properties=[("family", name), ("attention", attention), ("path", "native packed packed"), *about.items()],
+        user_properties=[("family", name), ("attention", attention), *about.items()],
         longrepr=("file", 1, f"Skipped: {why}"),
     )
 
@@ -20,7 +21,10 @@ def report(name: str, attention: str, scenario: str, why: str = "", **about: str
 def table() -> Table:
     return Table.of(
         {
-            "passed": [report("llama", "sdpa", "greedy"), report("llama", "eager", "greedy")],
+            "passed": [
+                report("llama", "sdpa", "greedy", path="native packed packed"),
+                report("llama", "eager", "greedy", path="native packed packed"),
+            ],
             "failed": [report("bart", "sdpa", "beams")],
             "skipped": [
                 report("llama", "sdpa", "crop", "DynamicCache fails too"),
@@ -35,11 +39,18 @@ def table() -> Table:
 def test_rows_and_notes(table: Table) -> None:
     assert table.markdown().splitlines()[2:] == [
         "| llama | eager, sdpa | 1 native, 2 packed | 2 | 0 | crop [1] |",
-        "| bart | sdpa | 1 native, 2 packed | 0 | 1 | crop [1]; pickle [2] |",
+        "| bart | sdpa | - | 0 | 1 | crop [1]; pickle [2] |",
         "",
         "1. DynamicCache fails too",
         "2. no",
     ]
+
+
+def test_paths_are_those_seen_with_each_attention():
+    seen = {"sdpa": "packed packed", "eager": "dequantized dequantized or packed packed"}
+    table = Table.of({"failed": [report("llama", name, "greedy", path=path) for name, path in seen.items()]})
+    (row,) = table.rows.values()
+    assert row.path == "eager: 2 dequantized or 2 packed; sdpa: 2 packed"
 
 
 def test_scenarios_that_are_tried_on_few_families():

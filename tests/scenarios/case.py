@@ -36,6 +36,14 @@ class Case:
     caches: tuple[MixKVQCache, ...] = ()
 
     @property
+    def seen(self) -> str:
+        """Path of every layer as `report` of the caches of the last `compare` gives it, or "" before there is one.
+
+        Caches that differ are all named.
+        """
+        return " or ".join(dict.fromkeys(" ".join(models.paths(cache)) for cache in self.caches))
+
+    @property
     def model(self) -> Any:
         """The tiny model."""
         return tiny(self.family.name, self.attention, self.dtype)
@@ -156,9 +164,9 @@ class Case:
             pytest.skip(f"DynamicCache fails too: {self._shortened(error)}")
         lossless, default = self.lossless(**fields), self.quantized(**fields)
         fine = self.quantized(**EIGHT_BITS | fields)
+        self.caches = self.ours(lossless), self.ours(default), self.ours(fine)
         judging.assert_same(want, run(lossless), tolerance)
         judging.assert_sane(want, run(default), run(fine))
-        self.caches = self.ours(lossless), self.ours(default), self.ours(fine)
         for cache in (lossless, default, fine) if books else ():
             judging.assert_same_books(stock, cache)
         for cache, rounding in ((lossless, tolerance), (default, judging.PRECISION), (fine, tolerance)):
