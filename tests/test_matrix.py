@@ -9,8 +9,8 @@ from dataclasses import replace
 import models
 import pytest
 import torch
-from families import DECODED, FAMILIES
-from scenarios import SCENARIOS, Case
+from families import DECODED, FAMILIES, NATIVE
+from scenarios import SCENARIOS, Case, judging
 
 SAMPLE = {"llama", "gemma2", "qwen3_next", "bloom"}
 """Families of the default test run."""
@@ -68,6 +68,19 @@ def test_the_path_that_is_recorded_is_the_one_seen():
     with pytest.raises(AssertionError):
         test_same_as_the_stock_cache(family, "sdpa", "greedy", recorded.__setitem__)
     assert recorded == {"family": "llama", "attention": "sdpa", "path": "packed packed"}
+
+
+def test_layers_that_were_decoded_for_comparison_report_it():
+    case = Case(FAMILIES["gemma2"], "eager")
+    cache = case.quantized()
+    case.reader(cache, [90, 53])
+    reasons = [layer.reason for layer in cache.report().layers]
+    with pytest.warns(UserWarning, match="decoded for comparison"):
+        judging.decode(cache)
+    layers = cache.report().layers
+    assert [layer.path for layer in layers] == [NATIVE, NATIVE]
+    assert [layer.reason for layer in layers] == [reasons[0], judging.COMPARED.what]
+    assert layers[1].remedy == "nothing to do" and "decoded for comparison -> nothing to do" in str(cache.report())
 
 
 BFLOAT16 = [

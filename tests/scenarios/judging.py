@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from models import assert_same_tokens, relative_gap
 
+from mixkvq import MixKVQCache
 from mixkvq.layer import MixKVQLayer
+from mixkvq.reasons import Reason
 
 if TYPE_CHECKING:
     from .case import Case
@@ -129,6 +131,16 @@ def _questions(layers: int) -> Iterator[Callable[[Any], Any]]:
         yield methodcaller("get_mask_sizes", 7, index)
 
 
+COMPARED = Reason("decoded for comparison", "nothing to do")
+
+
+def decode(cache: MixKVQCache) -> None:
+    """Every packed layer holds what its records decode to."""
+    for layer in cache.layers:
+        if isinstance(layer, MixKVQLayer) and layer.store is not None:
+            layer.become_native(COMPARED)
+
+
 def assert_reads_what_it_holds(case: Case, cache: Any, tolerance: float) -> None:
     """The next step over packed records gives what it gives over the tensors that they decode to."""
     packed = [layer for layer in case.ours(cache).layers if getattr(layer, "store", None) is not None]
@@ -137,9 +149,7 @@ def assert_reads_what_it_holds(case: Case, cache: Any, tolerance: float) -> None
     for layer in packed:
         layer.overlooked()  # what the next update would pack
     decoded = copy.deepcopy(cache)
-    for layer in case.ours(decoded).layers:
-        if isinstance(layer, MixKVQLayer) and layer.store is not None:
-            layer.become_native("decoded for comparison")
+    decode(case.ours(decoded))
     start, columns = packed[0].store.start, packed[0].length + 1
     mask = (torch.arange(columns) >= start.view(-1, 1)).long()
     ids = torch.arange(2, 2 + len(start)).view(-1, 1)
