@@ -76,6 +76,7 @@ def test_a_configuration_without_weights(tmp_path, dtype, capsys):
         ("bloom", "0 of 2 layers packed (2 dequantized)", "does not pass through transformers' AttentionInterface"),
         ("deepseek_v3", "0 of 2 layers packed (2 native)", "latent (MLA)"),
         ("deepseek_v4", "0 of 2 layers packed (2 native)", "DeepseekV4HCACache: at most 48 tokens"),
+        ("mamba", "0 of 2 layers packed (2 native)", "a state that does not grow"),
         ("mistral", "0 of 2 layers packed (2 native)", "DynamicSlidingWindowLayer"),
     ],
 )
@@ -85,6 +86,7 @@ def test_other_families(tmp_path, capsys, family, summary, words):
     tiny(family, "eager").config.save_pretrained(tmp_path)
     text = printed(capsys, "--model", str(tmp_path), "--attn", "eager")
     assert text.splitlines()[-1].startswith(f"{summary}: ")
+    assert ("records at" in text) == ("(2 native)" not in summary)
     line = next(line for line in text.splitlines() if words in line)
     assert line.startswith("layer") and " -> " in line
 
@@ -134,6 +136,17 @@ def test_models_that_see_or_hear(tmp_path, capsys, family, summary):
 )
 def test_the_class_that_continues_text(config, auto):
     assert model_info._auto(getattr(transformers, config)()).__name__ == auto
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_class_that_only_the_folder_names(tmp_path, capsys, weights):
+    """No auto class makes a model of the language part of Emu3."""
+    tiny("emu3").save_pretrained(tmp_path)
+    if not weights:
+        (tmp_path / "model.safetensors").unlink()
+    text = printed(capsys, "--model", str(tmp_path))
+    assert text.startswith("Emu3ForCausalLM in float32") and ("RANDOM weights" in text) != weights
+    assert text.splitlines()[-1].startswith("2 of 2 layers packed: ")
 
 
 def test_too_short_a_text_says_where_packing_begins(llama, capsys):

@@ -83,12 +83,12 @@ class ModelInfo:
     def summary(self) -> str:
         """The closing line."""
         paths = [layer.path for layer in self.report.layers]
+        bits = f"; records at {self.report.true_bits:.2f} bits" if self.report.true_bits else ""
         counts = ", ".join(f"{paths.count(path)} {path}" for path in ("dequantized", "native") if path in paths)
         return (
             f"{paths.count('packed')} of {len(paths)} layers packed{f' ({counts})' * bool(counts)}: "
             f"{self.report.nbytes:,} bytes for {self.tokens} tokens, DynamicCache {self.stock_nbytes:,} in "
-            f"{self.dtype} ({self.report.nbytes / self.stock_nbytes:.3f} of it; records at "
-            f"{self.report.true_bits:.2f} bits)"
+            f"{self.dtype} ({self.report.nbytes / self.stock_nbytes:.3f} of it{bits})"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -154,6 +154,7 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
     except Exception as error:
         problem = "it continues text with DynamicCache but not with MixKVQCache, which is a bug of mixkvq"
         raise _failure(options, problem, error) from error
+    report = ours.report()
     return ModelInfo(
         options=options,
         architecture=type(model).__name__,
@@ -161,8 +162,8 @@ def inspect_model(options: ModelInfoOptions) -> ModelInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         weights=weights,
         prompt=f"{prompt}, after noise for the encoder" if model.main_input_name in _HEARD else prompt,
-        tokens=int(ours.get_seq_length()),
-        report=ours.report(),
+        tokens=max(layer.tokens for layer in report.layers) or ids.shape[1] + NEW_TOKENS - 1,  # linear layers: 0
+        report=report,
         stock_nbytes=cache_nbytes(stock),
     )
 
@@ -234,10 +235,15 @@ def _load(options: ModelInfoOptions) -> tuple[Any, Any, str]:
 
 
 def _auto(config: Any) -> Any:
-    """The class that makes a model of this configuration that continues text; the first one, if none does."""
+    """The class that makes a model of this configuration that continues text: an auto class, or the model's own.
+
+    Where there is none it is an auto class, which says so.
+    """
     names = _AUTO_WITH_ENCODER if config.is_encoder_decoder else _AUTO
     autos = [getattr(transformers, name) for name in names]
-    return next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])
+    owns = [getattr(transformers, name, None) for name in config.architectures or ()]
+    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    return next(iter([*known, *(own for own in owns if hasattr(own, "generate"))]), autos[0])
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -256,8 +262,9 @@ def _random(auto: Any, config: Any, options: ModelInfoOptions) -> Any:
     if name == "auto":
         name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     dtype: torch.dtype = getattr(torch, name)
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     with torch.device("meta"):
-        needed = dtype.itemsize * sum(p.numel() for p in auto.from_config(config).parameters())
+        needed = dtype.itemsize * sum(p.numel() for p in make(config).parameters())
     free = available_memory()
     if free is not None and needed > 0.8 * free:
         raise UserError(
@@ -265,7 +272,7 @@ def _random(auto: Any, config: Any, options: ModelInfoOptions) -> Any:
             f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; lower its num_hidden_layers"
         )
     torch.manual_seed(0)
-    return auto.from_config(config, dtype=dtype)
+    return make(config, dtype=dtype)
 
 
 def available_memory() -> int | None:
