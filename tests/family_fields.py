@@ -65,7 +65,7 @@ MOE = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,  # all: which are chosen must not hang on rounding
     "n_group": 1,
     "topk_group": 1,
     "moe_intermediate_size": 32,
@@ -107,7 +107,6 @@ COMPRESSED = {
     "mlp_layer_types": ["moe", "moe"],
 }
 GRANITE = {"attention_multiplier": 0.25}  # 1 / sqrt(head_dim)
-GRIFFIN = {"num_hidden_layers": 3, "attention_window_size": WINDOW, "w_init_variance_scale": 4.0}
 INKLING = {
     **MOE,
     "layer_types": ["hybrid_sliding", "hybrid"],
@@ -121,7 +120,7 @@ INKLING = {
 }
 DBRX = {
     "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 4},
 }
 NEO = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
 BERT = {"is_decoder": True}
