@@ -25,7 +25,7 @@ from .proof import Proof
 from .queries import QueryStatistics
 from .reasons import Reason
 from .report import LayerReport, Ledger, held_bytes
-from .states import check_continues, check_states, codec_of, common_dtype, obstacle, own
+from .states import check_continues, check_states, codec_of, common_dtype, holds, obstacle, own
 from .store import PackedStore
 
 PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
@@ -100,7 +100,6 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Take over dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._dtypes = self.dtype, self.dtype if value_states is None else value_states.dtype
         self.is_initialized = True
 
     def get_seq_length(self, *_: Any) -> int:
@@ -147,7 +146,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         check_states(key_states, value_states)
         self._check_assigned()
         if self.length:
-            check_continues(key_states, value_states, self.states, self._dtypes)
+            check_continues(key_states, value_states, self.states)
         self.overlooked()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -215,12 +214,16 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         """Why these tokens must stay in full precision."""
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return reasons.GRADIENTS
-        return None if self.length else obstacle(self.mixkvq_config, key, value)
+        if not self.length:
+            return obstacle(self.mixkvq_config, key, value)
+        if self.store is not None and not all(map(holds, self._dtypes, (key.dtype, value.dtype))):
+            return reasons.wider(key.dtype, value.dtype, self.store.k.dtype)
+        return None
 
     # ---- choosing the path -----------------------------------------------------------------------------------------
     def ready(self) -> bool:
         """Whether a plain layer has enough tokens to pack, and every row a real one."""
-        if self.mode == NATIVE or self._k is None or self.length < self._threshold:
+        if self.mode == NATIVE or self._k is None or self._k.shape[0] == 0 or self.length < self._threshold:
             return False
         if self.start is None:
             return True
@@ -310,7 +313,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             start = first_columns(mask, keys.shape[0], self.length)
             self.start = start if self.start is None else torch.minimum(self.start, start)
             past = self.length - query.shape[2]
-            if int(self.start.max()) > past:
+            if bool((self.start > past).any()):
                 first = (self.start - past).clamp(0, query.shape[2])
         if query.shape[0] == keys.shape[0] and query.shape[1] % keys.shape[1] == 0 and query.shape[3] == keys.shape[3]:
             self._unsettled |= self.queries.sum is None
@@ -337,6 +340,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         self.store = PackedStore.begin(
             self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin
         )
+        self._dtypes = k.dtype, v.dtype
         self._k = self._v = self.start = None
         self.store.passing += held_bytes((k, v))
         self._account()
@@ -413,11 +417,10 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             self._gather(torch.arange(self.states[KEYS].shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Only the rows ``indices``: integers, or a mask."""
+        """Only the rows ``indices``: integers, a mask, a slice, or one integer for a batch of one row."""
         if self.length:
-            if not isinstance(indices, torch.Tensor):
-                indices = torch.as_tensor(indices)
-            self._gather(torch.arange(self.states[KEYS].shape[0])[indices.cpu()])
+            rows = torch.arange(self.states[KEYS].shape[0], device=self.states[KEYS].device)
+            self._gather(rows[list(indices) if isinstance(indices, (tuple, range)) else indices].flatten())
 
     def _gather(self, rows: torch.Tensor) -> None:
         if not self.length:

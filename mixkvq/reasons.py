@@ -97,6 +97,19 @@ def dtype(name: object) -> Reason:
     return Reason(f"no packed kernels for {name}", "load the model in float32, bfloat16 or float16")
 
 
+def different_dtypes(keys: object, values: object) -> Reason:
+    """No pair, unless under autocast."""
+    return Reason(f"keys are {keys} and values {values} outside autocast", "convert both to one dtype before update")
+
+
+def wider(keys: object, values: object, records: object) -> Reason:
+    """Packed tokens are followed by more exact ones."""
+    return Reason(
+        f"keys in {keys} and values in {values} follow on records of {records}",
+        "call the model with the same autocast for the prompt and for every later token",
+    )
+
+
 def codec(message: str) -> Reason:
     """A shape that records cannot hold under the cache's configuration; the message says which they can."""
     return Reason(f"no packed kernels: {message}", "the model works all the same; only such layers can be packed")

@@ -26,20 +26,13 @@ def check_states(key: Any, value: Any) -> None:
             raise TypeError(f"{name} is {type(states).__name__}, must be a tensor [batch, heads, tokens, head_dim]")
     if key.device != value.device:
         raise ValueError(f"value_states is on {value.device}, must be on {key.device} as key_states")
-    if key.dtype != value.dtype and not torch.is_autocast_enabled(key.device.type):
-        raise ValueError(f"value_states is {value.dtype}, must be {key.dtype} as key_states")
     if key.dim() < 3 or key.shape[:1] != value.shape[:1] or key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"value_states has shape {list(value.shape)}, must have batch and tokens of key_states {list(key.shape)}"
         )
 
 
-def check_continues(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    have: tuple[torch.Tensor, torch.Tensor],
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> None:
+def check_continues(key: torch.Tensor, value: torch.Tensor, have: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Refuse tokens that do not fit to those cached before.
 
     Parameters
@@ -48,21 +41,18 @@ def check_continues(
         New tokens.
     have : pair of tensors [B, H, N, D]
         Cached keys and values.
-    dtypes : pair of torch.dtype
-        In which they came.
 
     Raises
     ------
     ValueError
-        Naming the argument and both shapes, dtypes or devices.
+        Naming the argument and both shapes or devices.
     """
-    names = "key_states", "value_states"
-    for name, new, old, dtype in zip(names, (key, value), have, dtypes, strict=True):
+    for name, new, old in zip(("key_states", "value_states"), (key, value), have, strict=True):
         if (new.shape[:-2], new.shape[-1]) != (old.shape[:-2], old.shape[-1]):
             want = ", ".join(map(str, [*old.shape[:-2], "n", old.shape[-1]]))
             raise ValueError(f"{name} has shape {list(new.shape)}, must be [{want}] as the tokens cached before")
-        if new.dtype != dtype or new.device != old.device:
-            raise ValueError(f"{name} is {new.dtype} on {new.device}, must be {dtype} on {old.device} as cached before")
+        if new.device != old.device:
+            raise ValueError(f"{name} is on {new.device}, must be on {old.device} as the tokens cached before")
 
 
 def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Reason | None:
@@ -71,6 +61,8 @@ def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Re
         return reasons.latent(list(key.shape), list(value.shape))
     if key.device.type != "cpu":
         return reasons.device(key.device)
+    if key.dtype != value.dtype and not torch.is_autocast_enabled(key.device.type):
+        return reasons.different_dtypes(key.dtype, value.dtype)
     if (dtype := common_dtype(key, value)) not in DTYPES:
         return reasons.dtype(dtype)
     try:
@@ -95,6 +87,11 @@ def codec_of(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Bl
 def common_dtype(key: torch.Tensor, value: torch.Tensor) -> torch.dtype:
     """Autocast gives float32 keys and 16-bit values, and computes attention with both in 16 bits."""
     return min(key.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
+
+
+def holds(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether tokens that came in one dtype can be followed by such of another, as far as that dtype goes."""
+    return torch.promote_types(old, new) == old
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:

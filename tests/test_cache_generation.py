@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from families import FAMILIES
@@ -51,6 +53,24 @@ def test_autocast(family):
     assert relative_gap(got.logits[1], want.logits[1]) < 0.05
     assert paths(cache) == ["packed"] * 2 and cache.layers[0].store.k.dtype == torch.bfloat16
     assert all(layer.dequantizations == 0 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("tokens", [20, 90])
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_for_the_prompt_or_for_later_tokens_only(first, tokens):
+    model, inputs = tiny("llama"), prompts([tokens, tokens - 11])
+    plain, cache = DynamicCache(), lossless()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, ids in enumerate([inputs["input_ids"], *torch.arange(2, 82).view(40, 2, 1)]):
+            mask = torch.cat([inputs["attention_mask"], torch.ones(2, step, dtype=torch.long)], 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=first == (step == 0)):
+                want, got = (forward(model, each, ids, mask) for each in (plain, cache))
+            assert relative_gap(got, want) < 0.05 and got.dtype == want.dtype
+    falls = first and tokens == 90
+    assert paths(cache) == (["native"] * 2 if falls else ["packed"] * 2)
+    if falls:
+        assert "follow on records of torch.bfloat16" in cache.layers[0].reason.what
 
 
 @needs_eager

@@ -134,6 +134,8 @@ OPERATIONS = {
     "select tensor": (lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
     "select list": (lambda c: c.batch_select_indices([1]), [1]),
     "select mask": (lambda c: c.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    "select tuple": (lambda c: c.batch_select_indices((2, 0)), [2, 0]),
+    "select slice": (lambda c: c.batch_select_indices(slice(1, None)), [1, 2]),
     "repeat": (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
 }
 
@@ -232,6 +234,31 @@ def test_no_reference_cycles():
         assert [ref() for ref in held] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_one_row_is_a_batch_of_one():
+    """Where the stock cache loses the dimension, and fails at the next update."""
+    one, many = filled()[0], filled()[0]
+    one.batch_select_indices(1)
+    many.batch_select_indices([1])
+    assert all(torch.equal(a, b) for a, b in zip(decoded(one), decoded(many), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["plain", "default"])
+@pytest.mark.parametrize("none", [[], torch.zeros(3, dtype=torch.bool), slice(0)])
+def test_an_empty_batch_goes_on(preset, none):
+    model, cache = tiny("llama"), lossless() if preset == "plain" else filled()[0]
+    if preset == "plain":
+        inputs = prompts([20, 12, 5])
+        forward(model, cache, inputs["input_ids"], inputs["attention_mask"])
+    length = cache.get_seq_length()
+    cache.batch_select_indices(none)
+    for index, layer in enumerate(cache.layers):
+        for tokens in (40, 1, 1):
+            keys, values = cache.update(*torch.randn(2, 0, 2, tokens, 16), index)
+            assert len(keys) == len(values) == 0
+        assert keys.shape[2] == length + 42
+        assert layer.keys.shape == (0, 2, length + 42, 16)
 
 
 # ---- from outside --------------------------------------------------------------------------------------------------
