@@ -8,9 +8,15 @@ NO_TOKEN = 1 << 62
 """Start of a row that has no real token yet."""
 
 
+HIDDEN = -5000.0
+"""An additive mask hides what gets this or less: half of -10000, the mildest that models hide by (older BERT and T5);
+others take -1e9, the dtype's lowest value or -inf. A key that scores thousands less than another has a weight of
+exactly 0 in every dtype, be it for a mask or for a bias of distance (ALiBi)."""
+
+
 def allowed(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask lets a query attend. Additive masks hide by the dtype's lowest value, -inf, or -1e9."""
-    return mask if mask.dtype == torch.bool else mask > max(torch.finfo(mask.dtype).min / 2, -1e9)
+    """Where a mask lets a query attend: True, or more than `HIDDEN`."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor:

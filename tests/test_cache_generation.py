@@ -32,7 +32,12 @@ def test_a_row_of_padding_only_holds_packing_back():
 
 @pytest.mark.parametrize(
     "scenario, starts",
-    [("right_padding_and_holes", [0, 10]), ("own_bool_masks", [0, 7]), ("own_additive_masks", [0, 7])],
+    [
+        ("right_padding_and_holes", [0, 10]),
+        ("own_bool_masks", [0, 7]),
+        ("own_additive_masks", [0, 7]),
+        ("own_mild_additive_masks", [0, 7]),
+    ],
 )
 def test_masks_tell_where_rows_begin(scenario, starts):
     """And keys that they hide are served by the kernel."""

@@ -78,9 +78,19 @@ def own_bool_masks(case: Case) -> None:
     case.compare(lambda cache: _own_masks(case, cache, lambda mask: mask))
 
 
-@scenario()
-def own_additive_masks(case: Case) -> None:
+def _own_additive_masks(case: Case, hidden: float) -> None:
     def additive(mask):
-        return torch.zeros(mask.shape, dtype=case.dtype).masked_fill(~mask, torch.finfo(case.dtype).min)
+        return torch.zeros(mask.shape, dtype=case.dtype).masked_fill(~mask, hidden)
 
     case.compare(lambda cache: _own_masks(case, cache, additive))
+
+
+@scenario()
+def own_additive_masks(case: Case) -> None:
+    _own_additive_masks(case, torch.finfo(case.dtype).min)
+
+
+@scenario(families=("llama", "gemma2"))
+def own_mild_additive_masks(case: Case) -> None:
+    """As BERT and T5 made them once."""
+    _own_additive_masks(case, -10000.0)
