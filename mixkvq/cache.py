@@ -43,6 +43,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         What ``mixkvq calibrate`` found for this model: fields that replace the preset's, for all or for single layers.
     precision : {"default", "exact", "fast"}
         Of attention: see `ops.attend`. Where everything is stored as it is (``lossless``) always "exact".
+    offloading : bool
+        As in `DynamicCache`, but only False: packed records stay on the model's device.
     **overrides
         Fields of `MixKVQConfig` that replace the preset's and the calibration's, such as ``sink_length=8``.
 
@@ -70,9 +72,15 @@ class MixKVQCache(LinearStates, DynamicCache):
         config: Any = None,
         calibration: str | Path | Calibration | None = None,
         precision: str = "default",
+        offloading: bool = False,
         **overrides: Any,
     ) -> None:
         compat.warn_if_unknown()
+        if offloading:
+            raise ValueError(
+                f"offloading is {offloading!r}, must be False: the packed records of a MixKVQCache stay on the model's "
+                "device, where they take a fraction of the memory"
+            )
         if ddp_cache_data is None and isinstance(preset, Iterable) and not _says_how(preset):
             preset, ddp_cache_data = "default", preset
         self.mixkvq_config = _configuration(preset, overrides)

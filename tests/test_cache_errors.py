@@ -30,6 +30,7 @@ def states(batch=2, heads=2, tokens=5, dim=16, **options):
         ((), {"residual_length": 64}, ValueError, ["residual_length is 64", "block_length <= residual_length"]),
         ((), {"precision": "half"}, ValueError, ["precision is 'half'", "'default', 'exact', 'fast'"]),
         ((LlamaConfig(),), {}, TypeError, ["LlamaConfig", "MixKVQCache(config=...)"]),
+        ((), {"offloading": True}, ValueError, ["offloading is True, must be False", "device"]),
         ((3,), {}, TypeError, ["preset is 3", "must be the name of a preset or a MixKVQConfig"]),
         (([(1, 2)],), {}, TypeError, ["key_states is int"]),
         (([3],), {}, TypeError, ["ddp_cache_data has 3 for layer 0", "(keys, values)"]),
@@ -43,6 +44,10 @@ def test_constructor(arguments, options, error, words):
         MixKVQCache(*arguments, **options)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_arguments_of_the_stock_cache_are_taken():
+    assert len(MixKVQCache(ddp_cache_data=None, config=tiny("llama").config, offloading=False)) == 2
 
 
 def test_a_configuration_may_be_overridden():
