@@ -3,24 +3,29 @@
 ``python benchmarks/seam.py`` replays the lines of `LlamaAttention` that touch the cache (`update`, the look-up of the
 attention function, its call) on a packed cache and subtracts the core's work: the time of the very calls that the core
 got, less the time of the same calls on no query and no token (few, small heads and short blocks, so that little is
-subtracted). Also, what the hook costs a model that does not use us,
-and what `DynamicCache.update` costs. Microseconds per layer and step; all cases take turns.
+subtracted). The same for eager attention with a mask, for a padded batch and for learned sinks. Also, what the hook
+costs a model that does not use us, and what `DynamicCache.update` costs. Microseconds per layer and step; all cases
+take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flush import machine
 from transformers import DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mixkvq
 from mixkvq import MixKVQCache, _core, ops
@@ -29,11 +34,38 @@ CORE = {ops.Layer: ("append", "attend"), _core: ("salience",)}
 """Where the core does its work in a step."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How a model calls attention.
+
+    Attributes
+    ----------
+    implementation : str
+        "eager": every call has an additive mask.
+    padding : int
+        Columns that a bool mask hides from the second of two rows; 0: one row, no mask but in the prompt.
+    sinks : bool
+        As gpt-oss.
+    """
+
+    implementation: str = "sdpa"
+    padding: int = 0
+    sinks: bool = False
+
+
+KINDS = {
+    "": Kind(),
+    "eager, masked: ": Kind("eager"),
+    "sdpa, padded batch of 2: ": Kind(padding=32),
+    "eager, masked, sinks: ": Kind("eager", sinks=True),
+}
+
+
 class Replay:
     """The attention of a small Llama without the model around it: queries, keys and values of a few layers."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        heads, group, dim = options.kv_heads, options.group, options.head_dim
+    def __init__(self, options: argparse.Namespace, kind: Kind) -> None:
+        heads, group, dim, tokens = options.kv_heads, options.group, options.head_dim, options.tokens
         config = LlamaConfig(
             hidden_size=heads * group * dim,
             num_attention_heads=heads * group,
@@ -41,34 +73,50 @@ class Replay:
             head_dim=dim,
             num_hidden_layers=options.layers,
         )
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = self.implementation = kind.implementation
         self.modules = [LlamaAttention(config, index).eval() for index in range(options.layers)]
+        self.eager = (modeling_gpt_oss if kind.sinks else modeling_llama).eager_attention_forward
         generator = torch.Generator().manual_seed(1)
+        batch = 2 if kind.padding else 1
 
         def states(n: int) -> list[torch.Tensor]:
             sizes = heads * group, heads, heads
-            return [torch.randn(1, n, h, dim, generator=generator).transpose(1, 2) for h in sizes]
+            return [torch.randn(batch, n, h, dim, generator=generator).transpose(1, 2) for h in sizes]
 
-        self.prompt, self.token = states(options.tokens), states(1)
+        self.prompt, self.token = states(tokens), states(1)
         self.position = torch.zeros(1, 1, dtype=torch.int64)
+        self.arguments: list[dict[str, Any]] = [{} for _ in self.modules]
+        if kind.sinks:
+            for module, arguments in zip(self.modules, self.arguments, strict=True):
+                module.sinks = torch.nn.Parameter(torch.randn(heads * group, generator=generator))
+                arguments["s_aux"] = module.sinks
+        seen = torch.ones(batch, 1, tokens, tokens + 2 * options.steps, dtype=torch.bool).tril()
+        seen[1:, ..., : kind.padding] = False
+        last = seen[:, :, -1:] | (torch.arange(seen.shape[3]) >= tokens)
+        if kind.implementation == "eager":
+            seen, last = (torch.where(mask, 0.0, torch.finfo(torch.float32).min) for mask in (seen, last))
+        self.masks = seen[..., :tokens], last if kind.padding or kind.implementation == "eager" else None
 
     def attend(self, cache: Any, states: list[torch.Tensor]) -> list[Any]:
         """One step of all layers, as `LlamaAttention.forward` does it; what attention gave."""
         query, key, value = states
+        mask = self.masks[states is self.token]
+        mask = None if mask is None else mask[:]  # a model makes one for every step
         outputs = []
         for index, module in enumerate(self.modules):
             keys, values = cache.update(key, value, index)
-            function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, self.eager)
             output = function(
                 module,
                 query,
                 keys,
                 values,
-                None,
+                mask,
                 dropout=0.0,
                 scaling=module.scaling,
                 position_ids=self.position,
                 use_cache=True,
+                **self.arguments[index],
             )
             outputs.append(output)
         return outputs
@@ -130,16 +178,23 @@ def run(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:
         function(*args)
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Times of all cases in microseconds per layer and step, one per round."""
-    replay = Replay(options)
+def filled(options: argparse.Namespace, replay: Replay) -> MixKVQCache:
+    """A packed cache with room for all steps of a round."""
     cache = MixKVQCache(options.preset, block_length=32, residual_length=32, key_group_size=32)
     replay.attend(cache, replay.prompt)
     replay.attend(cache, replay.token)
     assert {layer.path for layer in cache.report().layers} == {"packed"}
     room = min(layer.store._slack for layer in cache.layers)
     assert room > options.steps + 3, f"--tokens {options.tokens} leaves {room} steps before a flush"
-    plain = DynamicCache()
+    return cache
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Times of all cases in microseconds per layer and step, one per round."""
+    replays = {name: Replay(options, kind) for name, kind in KINDS.items()}
+    caches = {name: filled(options, replay) for name, replay in replays.items()}
+    replay, plain = replays[""], DynamicCache()
     replay.attend(plain, replay.prompt)
     times: dict[str, list[float]] = {}
 
@@ -151,21 +206,22 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         elapsed = (time.thread_time() - begin) / (options.steps * options.layers)
         times.setdefault(name, []).append(elapsed * 1e6)
 
-    with torch.no_grad():
-        for _ in range(options.rounds):
-            ours, bare, other, theirs = (copy.deepcopy(each) for each in (cache, cache, cache, plain))
-            replay.attend(bare, replay.token)
-            calls, _alive = core_calls(lambda cache=bare: replay.attend(cache, replay.token))
+    for _ in range(options.rounds):
+        for name, each in replays.items():
+            ours, bare, other = (copy.deepcopy(caches[name]) for _ in range(3))
+            each.attend(bare, each.token)
+            calls, _alive = core_calls(functools.partial(each.attend, bare, each.token))
             empty = [(function, tuple(map(_without_tokens, args))) for function, args in calls]
-            clock("step", lambda cache=ours: replay.attend(cache, replay.token))
-            clock("core", lambda calls=calls: run(calls))
-            clock("core on nothing", lambda calls=empty: run(calls))
-            clock("update", lambda cache=other: replay.update(cache))
-            clock("DynamicCache.update", lambda cache=theirs: replay.update(cache))
-            clock("look-up, hooked", replay.look_up)
-            mixkvq.uninstall()
-            clock("look-up", replay.look_up)
-            mixkvq.install()
+            clock(name + "step", functools.partial(each.attend, ours, each.token))
+            clock(name + "core", functools.partial(run, calls))
+            clock(name + "core on nothing", functools.partial(run, empty))
+            clock(name + "update", functools.partial(each.update, other))
+            assert not any(layer.dequantizations for layer in ours.layers)
+        clock("DynamicCache.update", functools.partial(replay.update, copy.deepcopy(plain)))
+        clock("look-up, hooked", replay.look_up)
+        mixkvq.uninstall()
+        clock("look-up", replay.look_up)
+        mixkvq.install()
     return times
 
 
@@ -183,8 +239,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     times = measure(options)
+    seam = "+{}step", "-{}core", "+{}core on nothing"
     rows: dict[str, tuple[str, ...]] = {  # sums of cases, with their signs
-        "**the seam: step less kernels**": ("+step", "-core", "+core on nothing"),
+        **{f"**{name}the seam: step less kernels**": tuple(term.format(name) for term in seam) for name in KINDS},
         "step, kernels included": ("+step",),
         "kernels": ("+core", "-core on nothing"),
         "in the seam: `update`, copying the token included": ("+update",),

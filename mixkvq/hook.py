@@ -18,7 +18,7 @@ from .handle import KEYS, VALUES, PackedHandle
 from .identity import Attention
 from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, MixKVQLayer
 from .masks import reveals_padding
-from .proof import Proof, hides_padding, prove, sink_logits
+from .proof import SINKS, Proof, hides_padding, prove, sink_logits
 from .reasons import Reason
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TAG = "_mixkvq"
 
-_HARMLESS = POSITIONS | {"s_aux", "sinks"}  # tensor arguments; the proof covers sinks
-_SERVED = POSITIONS | {  # further arguments that the kernel knows, or that attention does not depend on
+_HARMLESS = POSITIONS.union(SINKS)  # tensor arguments; the proof covers sinks
+_SERVED = _HARMLESS | {  # further arguments that the kernel knows, or that attention does not depend on
     "dropout",
     "is_causal",
     "logits_to_keep",
@@ -37,9 +37,7 @@ _SERVED = POSITIONS | {  # further arguments that the kernel knows, or that atte
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
-    "s_aux",
     "scaling",
-    "sinks",
     "sliding_window",
     "softcap",
     "use_cache",
@@ -103,11 +101,11 @@ class Call:
     @property
     def options(self) -> tuple[tuple[str, Any], ...]:
         """Given arguments that may mean anything, with their values."""
-        simple = bool, int, float, str
+        simple, given = (bool, int, float, str), self.given
         return tuple(
             (name, value if isinstance(value, simple) else type(value).__name__)
             for name, value in sorted(self.arguments.items())
-            if name in self.given and name not in _SERVED and not isinstance(value, torch.Tensor)
+            if name in given and name not in _SERVED and not isinstance(value, torch.Tensor)
         )
 
     def refusal(self, layer: MixKVQLayer) -> Reason | None:
@@ -161,7 +159,7 @@ class Call:
         window = self.arguments.get("sliding_window")
         if window is not None and layer.length > window and proof.window != window:
             return reasons.window(window)
-        changed = (self.given ^ proof.arguments) & {"softcap", "s_aux", "sinks"}
+        changed = (self.given ^ proof.arguments) & {"softcap", *SINKS}
         changed |= {name for name, _ in set(self.options) ^ set(proof.options)}
         if changed:
             return reasons.changed(changed)
@@ -179,7 +177,7 @@ def _packed_call(call: Call) -> Any:
     trouble: Reason | None = None
     if refused is None:
         assert layer.store is not None and layer.proof is not None
-        if reveals_padding(call.mask, layer.store.start, layer.store.padding):
+        if reveals_padding(call.mask, layer.store.starts):
             trouble = reasons.SHOWN_PADDING
         output = layer.store.attend(
             call.query,

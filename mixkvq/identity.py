@@ -30,23 +30,28 @@ class Identity:
         An attention function, or what one is made of.
     depth : int
         How many times to look into what it is made of.
+
+    Attributes
+    ----------
+    thing : callable
+        Gives the thing while it lives.
     """
 
-    __slots__ = ("_parts", "_thing")
+    __slots__ = ("_parts", "thing")
 
     def __init__(self, thing: Any, depth: int = _DEPTH) -> None:
         parts = _parts(thing) if depth else None
         self._parts = None if parts is None else tuple(Identity(part, depth - 1) for part in parts)
-        self._thing: Callable[[], Any] = _nothing
+        self.thing: Callable[[], Any] = _nothing
         try:
-            self._thing = weakref.ref(thing)
+            self.thing = weakref.ref(thing)
         except TypeError:
             if isinstance(thing, _VALUES) or (parts is None and callable(thing)):
-                self._thing = lambda: thing
+                self.thing = lambda: thing
 
     def of(self, thing: Any) -> bool:
         """Whether this is the thing."""
-        mine = self._thing()
+        mine = self.thing()
         if mine is thing:
             return mine is not _NOTHING
         if isinstance(thing, _VALUES):

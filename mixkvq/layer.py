@@ -346,12 +346,20 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         self._account()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
-    def attend(self, query: torch.Tensor, agreement: Agreement) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, agreement: Agreement, mask: torch.Tensor | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
         store = self.store
         assert store is not None
         output = store.attend(
-            query, scaling=agreement.scaling, softcap=agreement.softcap, precision=self.precision, observe=True
+            query,
+            mask,
+            scaling=agreement.scaling,
+            softcap=agreement.softcap,
+            sink_logits=sinks,
+            precision=self.precision,
+            observe=True,
         )
         self.queries.whole += agreement.group
         if store.flush(self._margin):

@@ -47,20 +47,20 @@ def first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.
     return torch.tensor(first, dtype=torch.int64)
 
 
-def reveals_padding(mask: torch.Tensor | None, start: torch.Tensor, padding: int) -> bool:
+def reveals_padding(mask: torch.Tensor | None, starts: tuple[int, ...]) -> bool:
     """Whether a mask shows some row a column before its first real token, which a packed layer does not store.
 
     Parameters
     ----------
     mask : tensor [B or 1, Q or 1, n, columns], optional
-    start : int64 tensor [B]
-    padding : int
-        The largest start.
+    starts : tuple of int
+        Each row's column of its first real token.
     """
+    padding = max(starts, default=0)
     if padding == 0 or mask is None:
         return padding > 0
     seen = allowed(mask[..., :padding]).flatten(1, 2).any(1)
-    return bool((seen & (torch.arange(padding) < start.view(-1, 1))).any())
+    return bool((seen & (torch.arange(padding) < torch.tensor(starts).view(-1, 1))).any())
 
 
 def rows_that_see(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor:

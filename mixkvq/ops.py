@@ -323,13 +323,14 @@ def attend(
             salience_(t.salience[0], q, t.k.shape[1], t.salience[1])
         return result
     view = _view(q, "q")
-    if q.dim() != 4:
-        raise _refuse("q", f"{q.dim()}-dimensional", "[B, Q, n, D]")
-    batch, heads, n, dim = q.shape
+    shape = view[2]
+    if len(shape) != 4:
+        raise _refuse("q", f"{len(shape)}-dimensional", "[B, Q, n, D]")
+    batch, heads, n, dim = shape
     out = torch.empty(batch, n, heads, dim, dtype=q.dtype)
     handle.attend(
         view,
-        (out.data_ptr(), view[1], view[2], (n * heads * dim, dim, heads * dim, 1)),
+        (out.data_ptr(), view[1], shape, (n * heads * dim, dim, heads * dim, 1)),
         None if mask is None else _view(mask, "mask", _MASK_CODES),
         causal,
         scale,

@@ -20,6 +20,8 @@ from .identity import Identity
 from .masks import allowed, first_columns, rows_that_see
 from .reasons import Reason
 
+SINKS = ("s_aux", "sinks")
+"""Names of an argument with learned logits for the softmax denominator."""
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
 _TRIAL_KEYS = 256  # the newest ones: a function may copy all that it is given
 _PADDING_QUERIES = 4
@@ -60,8 +62,15 @@ class Proof:
 
 def sink_logits(module: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
     """Learned logits in the softmax denominator (gpt-oss), float32 [Q], or None."""
-    sinks = arguments.get("s_aux", arguments.get("sinks", getattr(module, "sinks", None)))
-    return sinks.detach().float().contiguous() if isinstance(sinks, torch.Tensor) and sinks.dim() == 1 else None
+    for name in SINKS:
+        if name in arguments:
+            sinks = arguments[name]
+            break
+    else:
+        sinks = getattr(module, "sinks", None)
+    if not isinstance(sinks, torch.Tensor) or sinks.dim() != 1:
+        return None
+    return sinks if sinks.dtype is torch.float32 and sinks.is_contiguous() else sinks.detach().float().contiguous()
 
 
 def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:

@@ -254,7 +254,8 @@ class PackedStore(OrdinaryCopies):
         most = int(self.exact.max()) if len(self.exact) else 0
         self._room = self.k.shape[2] - most
         self._slack = self.config.sink_length + self.config.residual_length - most
-        self.padding = int(self.start.max()) if len(self.start) else 0
+        self.starts = tuple(self.start.tolist())
+        self.padding = max(self.starts, default=0)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def attend(
