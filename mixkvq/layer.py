@@ -223,14 +223,18 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     # ---- choosing the path -----------------------------------------------------------------------------------------
     def ready(self) -> bool:
         """Whether a plain layer has enough tokens to pack, and every row a real one."""
-        if self.mode == NATIVE or self._k is None or self._k.shape[0] == 0 or self.length < self._threshold:
-            return False
-        if self.start is None:
-            return True
-        if int(self.start.max()) == NO_TOKEN:
-            self.reason = reasons.NO_REAL_TOKEN
-            return False
-        return self.length - int(self.start.min()) >= self._threshold
+        return self.mode != NATIVE and self._k is not None and len(self._k) > 0 and self._lacking() is None
+
+    def _lacking(self) -> Reason | None:
+        """What a plain layer has too little of to be packed."""
+        first = last = 0
+        if self.start is not None and len(self.start):
+            first, last = int(self.start.min()), int(self.start.max())
+        if self.length >= self._threshold and last == NO_TOKEN:
+            return reasons.NO_REAL_TOKEN
+        if self.length - first < self._threshold:
+            return reasons.waiting(self.mixkvq_config.sink_length + self.mixkvq_config.residual_length)
+        return None
 
     @property
     def _threshold(self) -> int:
@@ -271,6 +275,8 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             self.reason = reasons.packed(verdict.function)
         elif verdict is not None:
             self.mode, self.reason = DEQUANTIZED, verdict
+        elif self.mode == PLAIN:
+            self.reason = reasons.UNPROVED
 
     def keep_padding(self) -> None:
         """Store what is before every row's first token too: attention does not hide it."""
@@ -330,8 +336,8 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             self._k, self._v = own(self._k), own(self._v)  # views of a fused projection would keep all of it
             self._account()
             self._unsettled = False
-        if self.mode == PLAIN and self.reason != reasons.NO_REAL_TOKEN:
-            self.reason = reasons.waiting(self.mixkvq_config.sink_length + self.mixkvq_config.residual_length)
+        if self.mode == PLAIN and (lacking := self._lacking()) is not None:
+            self.reason = lacking
 
     def _begin(self) -> None:
         k, v = self.states

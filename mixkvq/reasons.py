@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _FINE = "nothing to do"
 _FALLS = "memory falls all the same"
+_OTHERS = 'attn_implementation="sdpa", or "eager" from transformers 5.1 on'
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ NO_REAL_TOKEN = Reason(
     "nothing packed yet: a batch row has no real token",
     "leave rows that are padding only out of the batch; or nothing: packing begins when every row has tokens",
 )
+UNPROVED = Reason(
+    "nothing packed yet: the last query sees fewer than 4 keys or gets no finite output, which proves nothing",
+    f"{_FINE} if a later token is packed; else look for a mask that hides everything, or for NaN in the model's output",
+)
 ASSIGNED = Reason(
     "tensors were assigned from outside",
     "the next attention call packs them again; crop, reorder_cache and batch_select_indices keep records as they are",
@@ -76,7 +81,10 @@ FILLED = Reason(
 )
 
 # ---- native: full precision ----------------------------------------------------------------------------------------
-GRADIENTS = Reason("gradients are required", "call the model under torch.no_grad() or torch.inference_mode()")
+GRADIENTS = Reason(
+    "gradients are required",
+    "call the model under torch.no_grad() or torch.inference_mode(), from the prompt on and with a new cache",
+)
 
 
 def latent(keys: list[int], values: list[int]) -> Reason:
@@ -117,8 +125,9 @@ def codec(message: str) -> Reason:
 
 # ---- dequantized: records, but decoded for every step --------------------------------------------------------------
 INVISIBLE = Reason(
-    "attention does not pass through transformers' AttentionInterface with the cached tensors",
-    f'{_FALLS}; for fused reads try attn_implementation="sdpa" or "eager", or a newer transformers or model code',
+    "attention does not pass through transformers' AttentionInterface with the cached tensors, nor does its mask: "
+    "padding is stored as tokens are",
+    f'{_FALLS}; for fused reads try a newer transformers or model code, or attn_implementation="sdpa" if it is another',
 )
 HOOK_FORBIDDEN = Reason(
     "the attention hook is off (MIXKVQ_HOOK=off)",
@@ -134,7 +143,7 @@ HOOK_REPLACED = Reason(
 )
 COMPILED = Reason(
     "the model is compiled",
-    "run the model without torch.compile, or compile only its feed-forward modules",
+    "run the model without torch.compile, or compile only its feed-forward modules, and make a new cache",
 )
 
 
@@ -142,7 +151,7 @@ def mismatch(function: str, how: str) -> Reason:
     """The proof failed."""
     return Reason(
         f"{function} does not compute what the kernel does ({how})",
-        f'{_FALLS}; for fused reads try attn_implementation="eager" or "sdpa"',
+        f"{_FALLS}; for fused reads try another implementation: {_OTHERS}",
     )
 
 
@@ -150,12 +159,12 @@ def other_layout(function: str) -> Reason:
     """The proof cannot be made."""
     return Reason(
         f"{function} returns another layout than [batch, tokens, heads, head_dim]",
-        f'{_FALLS}; for fused reads try attn_implementation="eager" or "sdpa"',
+        f"{_FALLS}; for fused reads try another implementation: {_OTHERS}",
     )
 
 
 # ---- one call, or every one, that the kernel cannot serve ----------------------------------------------------------
-DROPOUT = Reason("attention dropout", "call model.eval()")
+DROPOUT = Reason("attention dropout", "call model.eval(), and then the model with a new cache")
 WEIGHTS = Reason("attention weights are wanted", "do not ask for output_attentions: no fused kernel returns weights")
 TORN = Reason(
     "keys and values do not come from one layer",
@@ -191,7 +200,7 @@ def strange_mask(function: str) -> Reason:
     """A mask of another kind."""
     return Reason(
         f"{function} is called with a mask that is no 4-dimensional bool or float tensor",
-        'use attn_implementation="sdpa" or "eager", which make such masks',
+        f"use an implementation that makes such masks: {_OTHERS}",
     )
 
 
@@ -221,7 +230,7 @@ def unproved_mask(function: str) -> Reason:
     """Masks were not part of the proof."""
     return Reason(
         f"{function} was not proved to hide what a mask hides",
-        'use attn_implementation="sdpa" or "eager", or leave padding and masks out',
+        f"use an implementation that does: {_OTHERS}; or leave padding and masks out",
     )
 
 

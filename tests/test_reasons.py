@@ -244,3 +244,58 @@ def test_no_warning_without_a_reason():
         for _ in range(80):
             layer.step()
     assert layer.cache.report().layers[0].decoded_for is None
+
+
+# ---- what is waited for --------------------------------------------------------------------------------------------
+def why(layer):
+    return layer.cache.report().layers[0].why
+
+
+def rows(*starts, n=1, total):
+    """A causal mask of rows that begin at these columns."""
+    return torch.ones(n, total, dtype=torch.bool).tril(total - n) & (
+        torch.arange(total) >= torch.tensor(starts).view(-1, 1, 1, 1)
+    )
+
+
+def test_a_row_without_tokens_is_waited_for_until_it_has_enough():
+    layer = Layer(lossless(), batch=2)
+    layer.step(10, rows(10, 5, n=10, total=10))
+    assert why(layer) == reasons.waiting(32)
+    layer.step(30, rows(40, 5, n=30, total=40))
+    assert why(layer) == reasons.NO_REAL_TOKEN
+    layer.step(1, rows(40, 5, total=41))
+    assert layer.cache.layers[0].path == "packed"
+
+
+def test_all_rows_begin_late():
+    layer = Layer(lossless(), batch=2)
+    layer.step(40, rows(40, 40, n=40, total=40))
+    assert why(layer) == reasons.NO_REAL_TOKEN
+    layer.step(1, rows(40, 40, total=41))
+    assert why(layer) == reasons.waiting(32), "every row has a token now, and too few"
+
+
+def test_what_proves_nothing_is_no_lack_of_tokens():
+    def nan(*args, **kwargs):
+        output, weights = attention(*args, **kwargs)
+        return output * torch.nan, weights
+
+    layer = Layer(lossless(), nan)
+    for _ in range(40):
+        layer.step()
+    assert why(layer) == reasons.UNPROVED and layer.cache.layers[0].path == "native"
+    layer.function = attention
+    layer.step()
+    assert layer.cache.layers[0].path == "packed"
+
+
+@pytest.mark.parametrize("name", sorted(declared()))
+def test_no_remedy_is_eager_where_eager_cannot_be_seen(name):
+    remedy = declared()[name].remedy
+    assert '"eager"' not in remedy or '"eager" from transformers 5.1 on' in remedy
+
+
+@pytest.mark.parametrize("reason", [reasons.DROPOUT, reasons.GRADIENTS, reasons.COMPILED])
+def test_a_layer_that_left_for_good_needs_a_new_cache(reason):
+    assert "a new cache" in reason.remedy
