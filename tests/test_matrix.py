@@ -70,6 +70,14 @@ def test_the_path_that_is_recorded_is_the_one_seen():
     assert recorded == {"family": "llama", "attention": "sdpa", "path": "packed packed"}
 
 
+def test_an_error_of_the_stock_cache_is_told_in_few_words():
+    case = Case(FAMILIES["mamba"], "eager")
+    said = case._shortened
+    assert said(AttributeError("'MambaCausalLMOutput' object\nand more")) == "AttributeError: 'CausalLMOutput' object"
+    assert said(TypeError(f"{case.model} takes\nno")) == "TypeError: this model(...) takes"
+    assert said(ValueError("word " * 50)).endswith("word ...") and len(said(ValueError("word " * 50))) <= 100
+
+
 def test_layers_that_were_decoded_for_comparison_report_it():
     case = Case(FAMILIES["gemma2"], "eager")
     cache = case.quantized()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,9 +175,11 @@ class Case:
         return self.caches
 
     def _shortened(self, error: Exception) -> str:
-        """The first words of an error, without the family's name."""
-        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return textwrap.shorten(text.replace(type(self.model).__name__, "this model"), 100, placeholder=" ...")
+        """The first words of an error, without the family's name and the insides of printed modules."""
+        text = re.sub(r"\(\n.*?\n\)", "(...)", f"{type(error).__name__}: {error}".strip(), flags=re.DOTALL)
+        text = text.splitlines()[0].replace(type(self.model).__name__, "this model")
+        text = re.sub(rf"\b{self.family.config}(?=[A-Z])", "", text)
+        return textwrap.shorten(text, 100, placeholder=" ...")
 
 
 class Reader:
