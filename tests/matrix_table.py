@@ -20,6 +20,7 @@ class Row:
 
     attention: set[str] = field(default_factory=set)
     paths: dict[str, str] = field(default_factory=dict)  # seen in the run, by attention
+    tried: set[str] = field(default_factory=set)  # scenarios
     outcomes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # tests by outcome
     without: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # scenarios skipped, by reason
 
@@ -57,6 +58,7 @@ class Table:
                 row.outcomes[outcome].add(report.nodeid)
                 scenario = report.nodeid.rpartition("-")[2].rstrip("]")
                 table.scenarios.add(scenario)
+                row.tried.add(scenario)
                 if outcome == "skipped":
                     row.without[str(report.longrepr[2]).removeprefix("Skipped: ")].add(scenario)
         return table
@@ -95,7 +97,10 @@ class Table:
         scenarios: dict[str, set[str]] = defaultdict(set)
         for reason, names in row.without.items():
             scenarios[brief(reason)] |= names
-        return [f"{', '.join(abridged(names, self.scenarios))}: {reason}" for reason, names in scenarios.items()]
+        return [
+            f"{'everything' if names == row.tried else ', '.join(abridged(names, self.scenarios))}: {reason}"
+            for reason, names in scenarios.items()
+        ]
 
     def _sampled(self) -> str:
         """What was not tried on every family, scenarios with the same families together."""

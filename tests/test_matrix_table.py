@@ -50,7 +50,17 @@ def test_rows_and_notes(table: Table) -> None:
 
 def test_the_same_reason_for_several_scenarios_is_one_note():
     skipped = [report("llama", "sdpa", name, f"DynamicCache fails too: E: {i} of it") for i, name in enumerate("ba")]
-    assert Table.of({"skipped": skipped}).markdown().splitlines()[-1] == "1. a, b: `E: N of it`"
+    assert (
+        Table.of({"passed": [report("llama", "sdpa", "c")], "skipped": skipped}).markdown().splitlines()[-1]
+        == "1. a, b: `E: N of it`"
+    )
+
+
+def test_a_family_that_transformers_lacks():
+    skipped = [report("beam", "sdpa", name, "transformers 5.0 has no Beam") for name in ("crop", "pickle")]
+    table = Table.of({"passed": [report("llama", "sdpa", "beams")], "skipped": skipped})
+    assert table.markdown().splitlines()[2] == "| beam | sdpa | - | 0 | 0 | note 1 |"
+    assert table.markdown().splitlines()[-1] == "1. everything: transformers 5.0 has no Beam"
 
 
 def test_names_that_begin_alike():
