@@ -79,7 +79,7 @@ def test_an_error_of_the_stock_cache_is_told_in_few_words():
 
 
 def test_layers_that_were_decoded_for_comparison_report_it():
-    case = Case(FAMILIES["gemma2"], "eager")
+    case = Case(FAMILIES["gemma3"], "sdpa")
     cache = case.quantized()
     case.reader(cache, [90, 53])
     reasons = [layer.reason for layer in cache.report().layers]
