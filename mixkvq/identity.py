@@ -8,6 +8,7 @@ remembered without being kept alive, since they may close over a whole model.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -22,7 +23,8 @@ _VALUES = bool, int, float, str, types.NoneType
 class Identity:
     """Tells one thing from all others.
 
-    A copy made in this process stands for the same thing, an unpickled one for none.
+    A copy made in this process stands for the same thing; an unpickled one too if the thing is a function that can be
+    imported by its name, else for none.
 
     Parameters
     ----------
@@ -69,7 +71,8 @@ class Identity:
         return self
 
     def __reduce__(self) -> tuple[type[Identity], tuple[Any, ...]]:
-        return Identity, (_NOTHING, 0)
+        thing = self.thing()
+        return Identity, ((thing, _DEPTH) if _importable(thing) else (_NOTHING, 0))
 
 
 class _Nothing:
@@ -78,6 +81,14 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+
+
+def _importable(thing: Any) -> bool:
+    """Whether this is a function that pickle refers to by its name."""
+    found = sys.modules.get(thing.__module__) if isinstance(thing, types.FunctionType) else None
+    for name in getattr(thing, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is not None and found is thing
 
 
 def _nothing() -> Any:

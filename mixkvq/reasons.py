@@ -107,7 +107,7 @@ def dtype(name: object) -> Reason:
 
 def different_dtypes(keys: object, values: object) -> Reason:
     """No pair, unless under autocast."""
-    return Reason(f"keys are {keys} and values {values} outside autocast", "convert both to one dtype before update")
+    return Reason(f"keys are {keys} and values {values} outside autocast", "pass keys and values of one dtype")
 
 
 def wider(keys: object, values: object, records: object) -> Reason:

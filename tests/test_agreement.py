@@ -167,7 +167,7 @@ def test_a_batch_that_was_reordered_is_checked_in_full(checked_in_full):
 def test_wrong_tokens_are_refused_on_a_packed_layer_too():
     layer = packed_layer()
     key, length = layer.draw(HEADS, 1), layer.cache.get_seq_length()
-    for wrong, error in ((None, TypeError), (key[..., :8], ValueError), (key.bfloat16(), ValueError)):
+    for wrong, error in ((None, TypeError), (key[..., :8], ValueError)):
         with pytest.raises(error, match="value_states"):
             layer.cache.update(key, wrong, 0)
     with pytest.raises(ValueError, match="on meta, must be"):
