@@ -204,6 +204,16 @@ def test_a_layer_that_is_never_read_packed_warns_once_too():
         generate(tiny("bloom", "eager"), prompts([60]), cache, 5)
     assert len(caught) == 1
     assert f"layer 0: keys and values are decoded in every step: {reasons.INVISIBLE}" in str(caught[0].message)
+    assert "padding is stored as tokens are" in reasons.INVISIBLE.what
+
+
+def test_a_cache_that_sees_no_masks_stores_padding():
+    cache, inputs = lossless(), prompts([60, 41])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate(tiny("bloom", "eager"), inputs, cache, 5)
+    assert cache.layers[0].reason is reasons.INVISIBLE and cache.layers[0].store.start.tolist() == [0, 0]
+    assert cache.report().layers[0].elements == 2 * 2 * cache.layers[0].keys.shape[1] * 64 * 16
 
 
 @pytest.mark.parametrize("way", ["forbidden", "taken out"])
