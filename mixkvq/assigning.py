@@ -21,6 +21,7 @@ class AssignedStates:
     _v: torch.Tensor | None
     epoch: int
     length: int
+    decoded_for: Reason | None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -29,7 +30,7 @@ class AssignedStates:
 
     @keys.setter
     def keys(self, states: torch.Tensor | None) -> None:
-        self._assign(states, self._read()[VALUES])
+        self._assign(states, self._held()[VALUES])
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -38,9 +39,14 @@ class AssignedStates:
 
     @values.setter
     def values(self, states: torch.Tensor | None) -> None:
-        self._assign(self._read()[KEYS], states)
+        self._assign(self._held()[KEYS], states)
 
     def _read(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.store is not None:
+            self.decoded_for = reasons.READ
+        return self._held()
+
+    def _held(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return (self._k, self._v) if self.store is None else self.decode()
 
     def _assign(self, key: torch.Tensor | None, value: torch.Tensor | None) -> None:

@@ -250,6 +250,13 @@ def changed(names: Iterable[str]) -> Reason:
     )
 
 
+READ = Reason(
+    "keys or values were read from the layer",
+    f"{_FINE}, if your code did it once; cross attention does it in every step: give it a cache of its own, as in "
+    "EncoderDecoderCache(MixKVQCache(), DynamicCache())",
+)
+
+
 # ---- the handles that a packed layer gives out ---------------------------------------------------------------------
 def operator(name: object) -> Reason:
     """Somebody computes with handles."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from contextlib import nullcontext
 
@@ -353,6 +354,17 @@ def test_what_is_assigned_and_cannot_be_packed_stays_in_full_precision():
     cache.update(torch.randn(1, 2, 1, 12), torch.randn(1, 2, 1, 12), 0)
     cache.update(torch.randn(1, 2, 1, 12), torch.randn(1, 2, 1, 12), 0)
     assert cache.layers[0].path == "native" and cache.get_seq_length() == 302
+
+
+def test_cross_attention_that_reads_records_in_every_step_is_reported():
+    cross = lossless()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate(tiny("bart"), prompts([100]), EncoderDecoderCache(lossless(), cross), 5)
+    for layer in cross.report().layers:
+        assert layer.path == "packed" and layer.dequantizations >= 4
+        assert "EncoderDecoderCache(MixKVQCache(), DynamicCache())" in layer.decoded_for.remedy
+    assert "decoded at times: keys or values were read" in str(cross.report())
 
 
 def test_in_an_encoder_decoder_cache():
