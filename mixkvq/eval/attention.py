@@ -66,6 +66,7 @@ class LayerStates:
         mask = call.rest[0] if call.rest else rest.get("attention_mask")
         scaling = rest.get("scaling")
         query, key, value = (t[0].float() for t in (call.query, call.key, call.value))
+        sinks = sink_logits(call.module, rest)
         states = cls(
             call.layer,
             query,
@@ -74,7 +75,7 @@ class LayerStates:
             scaling=call.query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=rest.get("softcap"),
             window=rest.get("sliding_window"),
-            sinks=sink_logits(call.module, rest),
+            sinks=None if sinks is None else sinks.detach(),
         )
         n = call.query.shape[2]
         if key.shape != value.shape:
