@@ -141,7 +141,7 @@ def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
     """Whether real queries get the same without what is before their row's first token, which is not stored.
 
     The kernel respects masks; a function that it cannot stand in for may do anything with them. The newest queries are
-    asked, which are most like those to come. With dropout nothing can be told, and the answer is no.
+    asked, which are most like those to come. With dropout or in cross attention nothing can be told: the answer is no.
 
     Parameters
     ----------
@@ -157,6 +157,8 @@ def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
     batch, tokens, n = call.key.shape[0], call.key.shape[2], call.query.shape[2]
     want = output[0] if isinstance(output, tuple) else output
     if call.arguments.get("dropout") or not (isinstance(want, torch.Tensor) and want.shape[:2] == (batch, n)):
+        return False
+    if n > tokens:  # cross attention: queries have no columns of their own
         return False
     column = torch.arange(tokens)
     padding = (column < start.view(-1, 1)).view(batch, 1, tokens, 1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from families import FAMILIES
-from models import forward, generate, lossless, prompts, relative_gap, tiny
-from transformers import DynamicCache
+import torch
+from families import DECODED, FAMILIES
+from models import forward, generate, lossless, paths, prompts, relative_gap, tiny
+from transformers import DynamicCache, EncoderDecoderCache
 from versions import needs_eager, needs_linear
 
+from mixkvq.compat import cache_argument
 from mixkvq.layer import MixKVQLayer
 
 REASONS = {
@@ -73,3 +75,16 @@ def test_a_layout_that_comes_after_something_was_packed(monkeypatch):
         want, got = (forward(model, c, ids[:, begin:end]) for c in (expected, cache))
         assert relative_gap(got, want) < 1e-5
     assert [type(a) for a in cache.layers[::2]] == [type(a) for a in expected.layers[::2]]
+
+
+def test_cross_attention_with_more_queries_than_padded_keys():
+    """No good place for our cache, but tokens are right."""
+    model, texts, ids = tiny("t5", "eager"), prompts([34, 30], seed=3), prompts([50, 50])["input_ids"]
+    logits = []
+    for cache in (EncoderDecoderCache(DynamicCache(), DynamicCache()), EncoderDecoderCache(lossless(), lossless(8))):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # decoded in every step
+            for piece in (ids, ids[:, :1]):
+                logits.append(model(**texts, decoder_input_ids=piece, **cache_argument(cache)).logits)
+    assert torch.allclose(logits[0], logits[2], atol=1e-4) and torch.allclose(logits[1], logits[3], atol=1e-4)
+    assert paths(cache.cross_attention_cache) == [DECODED, DECODED]
