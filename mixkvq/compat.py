@@ -84,14 +84,22 @@ SEES_EAGER = hasattr(AttentionInterface, "get_interface")
 """Whether eager attention is looked up, too (5.1). Before, a model with eager attention took the dequantized path."""
 
 
+ATTENTION_FUNCTIONS: Any = ALL_ATTENTION_FUNCTIONS
+"""The one instance that models use."""
+
+LOOKUPS = ("get_interface", "__getitem__") if SEES_EAGER else ("__getitem__",)
+"""Methods of `AttentionInterface` that look a function up. The first is what attention modules call; model code that is
+older than it, or not part of transformers, may call the second."""
+
+
 def attention_lookup() -> tuple[type, str]:
     """Class and method by which an attention module finds its attention function."""
-    return AttentionInterface, "get_interface" if SEES_EAGER else "__getitem__"
+    return AttentionInterface, LOOKUPS[0]
 
 
 def attention_function(name: str, eager: Callable[..., Any]) -> Callable[..., Any]:
     """The function that an attention module finds for the implementation ``name``; ``eager`` is its own."""
-    functions: Any = ALL_ATTENTION_FUNCTIONS
+    functions = ATTENTION_FUNCTIONS
     if SEES_EAGER:
         found: Callable[..., Any] = functions.get_interface(name, eager)
     else:
@@ -99,11 +107,11 @@ def attention_function(name: str, eager: Callable[..., Any]) -> Callable[..., An
     return found
 
 
-def look_up() -> Any:
-    """Look an attention function up, as a module does."""
-    _, name = attention_lookup()
-    arguments = ("eager", look_up) if name == "get_interface" else ("sdpa",)
-    return getattr(ALL_ATTENTION_FUNCTIONS, name)(*arguments)
+def look_up(name: str) -> Any:
+    """Look an attention function up by one of `LOOKUPS`."""
+    if name == "__getitem__":
+        return ATTENTION_FUNCTIONS["sdpa"]
+    return getattr(ATTENTION_FUNCTIONS, name)("eager", look_up)
 
 
 def attention_weights_wanted() -> bool:

@@ -75,6 +75,7 @@ class Call:
     extra: tuple[Any, ...]
     arguments: dict[str, Any]
     output_dtype: torch.dtype
+    known_as: Attention
 
     @classmethod
     def bind(cls, function: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -82,7 +83,7 @@ class Call:
         names = ("module", "query", "key", "value", "attention_mask")
         rest = dict(kwargs)
         module, query, key, value, mask = (*args[:5], *(rest.pop(name, None) for name in names[len(args) :]))
-        return cls(function, module, query, key, value, mask, args[5:], rest, query.dtype)
+        return cls(function, module, query, key, value, mask, args[5:], rest, query.dtype, function)
 
     def original(self, key: torch.Tensor, value: torch.Tensor) -> Any:
         """What the model's own function gives with these keys and values."""
@@ -91,7 +92,7 @@ class Call:
     @property
     def name(self) -> str:
         """The function's name, for people and for comparison."""
-        return _name(self.function)
+        return _name(self.known_as)
 
     @property
     def given(self) -> frozenset[str]:
@@ -150,7 +151,7 @@ class Call:
             return reasons.GRADIENTS
         if self.arguments.get("output_attentions") or compat.attention_weights_wanted():
             return reasons.WEIGHTS
-        if proof is None or not proof.identity.of(self.function):
+        if proof is None or not proof.identity.of(self.known_as):
             return reasons.other_function(self.name)
         if self.mask is None and n > 1:
             return reasons.no_mask(n)
@@ -247,11 +248,11 @@ def _prove(call: Call, result: Any) -> Proof | Reason | None:
     return prove(call, output)
 
 
-def wrap(function: Attention) -> Attention:
-    """The function with the hook around it; itself if it has one. Made anew at every look-up: a table would keep alive
-    whatever the function closes over."""
-    if getattr(function, "__code__", None) is _hooked:
-        return function
+def wrap(function: Attention, stands_for: Attention | None = None) -> Attention:
+    """The function with the hook around it, made anew at every look-up: a table would keep alive what it closes over.
+
+    What is proved with a function that ``stands_for`` another one is taken as proved of that one.
+    """
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         key = args[2] if len(args) > 2 else kwargs.get("key")
@@ -260,20 +261,27 @@ def wrap(function: Attention) -> Attention:
                 return output, None
             return _packed_call(Call.bind(function, args, kwargs))
         tag = getattr(key, TAG, None)
-        return function(*args, **kwargs) if tag is None else _plain_call(tag, Call.bind(function, args, kwargs))
+        if tag is None:
+            return function(*args, **kwargs)
+        call = Call.bind(function, args, kwargs)
+        call.known_as = stands_for or function
+        return _plain_call(tag, call)
 
     attention.__wrapped__ = function  # type: ignore[attr-defined]
     return attention
 
 
-_hooked: Any = None
-_hooked = wrap(_name).__code__
-"""What all functions with the hook have in common."""
+_HOOKED = wrap(_name).__code__
+
+
+def unwrapped(function: Attention) -> Attention:
+    """The function without the hook."""
+    return function.__wrapped__ if getattr(function, "__code__", None) is _HOOKED else function  # type: ignore[attr-defined]
 
 
 def install() -> None:
     """Put the hook in place; `MixKVQCache` does it. Once is enough, ``MIXKVQ_HOOK=off`` forbids it."""
-    lookup.install(wrap)
+    lookup.install(wrap, _HOOKED)
 
 
 def uninstall() -> None:

@@ -1,9 +1,9 @@
-"""The one line of transformers that is replaced: how an attention module looks its function up.
+"""The one thing of transformers that is replaced: how an attention module looks its function up, `compat.LOOKUPS`.
 
-Other libraries may replace the same line. One that came before us is asked first and put back by `uninstall`. One that
-came after us keeps its place: our look-up stays below it and passes functions through unchanged, until `install` makes
-it work again. One that put ours aside without asking it is noticed by `blindness`, and asked first from the next
-`install` on.
+Other libraries may replace the same methods, of the class or of transformers' one instance. One that came before us is
+asked first and put back by `uninstall`. One that came after us keeps its place: our look-up stays below it and passes
+functions through unchanged, until `install` makes it work again. One that put ours aside without asking it is noticed
+by `blindness`, and asked first from the next `install` on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -28,24 +29,30 @@ def _unchanged(function: Attention) -> Attention:
 _lock = threading.Lock()
 _through: Callable[[Attention], Attention] = _unchanged
 """What becomes of a function that was looked up; `_unchanged` while the hook is out."""
-_placed: list[tuple[type, str, Any, Any]] = []
-"""Where our look-ups were put: class, method, what the class itself had there (or None), ours. More than one only if
-another library puts the first aside, which it may bring back when it goes."""
+_done: types.CodeType | None = None
+_Placed = tuple[Any, str, Any, Any]
+_placed: list[_Placed] = []
+"""Where our look-ups were put: class or instance, method, what itself had there (or None), ours. More than one of a
+method only if another library puts the first aside, which it may bring back when it goes."""
 
 
 def _forbidden() -> bool:
     return os.environ.get("MIXKVQ_HOOK", "on") == "off"
 
 
-def install(through: Callable[[Attention], Attention]) -> None:
-    """Have ``through`` applied to every attention function that is looked up, unless ``MIXKVQ_HOOK=off``."""
-    global _through
+def install(through: Callable[[Attention], Attention], done: types.CodeType) -> None:
+    """Have ``through`` applied to every attention function that is looked up, unless ``MIXKVQ_HOOK=off``.
+
+    ``done`` is the code of all functions that it gives: one way of looking up may use another one.
+    """
+    global _through, _done
     with _lock:
         if _forbidden():
             return
-        if _on_top() is None and not (_placed and _asked()):
-            _placed.append(_place())
-        _through = through
+        for name in compat.LOOKUPS:
+            if not any(_on_top(p) and p[0] is _owner(name) for p in _placed if p[1] == name) and not _asked(name):
+                _placed.append(_place(name))
+        _through, _done = through, done
 
 
 def uninstall() -> None:
@@ -53,7 +60,7 @@ def uninstall() -> None:
     global _through
     with _lock:
         _through = _unchanged
-        while (top := _on_top()) is not None:
+        while (top := next(filter(_on_top, _placed), None)) is not None:
             owner, name, original, _ = top
             if original is None:
                 delattr(owner, name)
@@ -67,30 +74,45 @@ def blindness(otherwise: Reason = reasons.INVISIBLE) -> Reason:
     with _lock:
         if _through is _unchanged:
             return reasons.HOOK_FORBIDDEN if _forbidden() else reasons.HOOK_OUT
-        return otherwise if _asked() else reasons.HOOK_REPLACED
+        return otherwise if all(map(_asked, compat.LOOKUPS)) else reasons.HOOK_REPLACED
 
 
-def _place() -> tuple[type, str, Any, Any]:
-    owner, name = compat.attention_lookup()
+def _owner(name: str) -> Any:
+    """Whose method is called: the instance's, if somebody gave it one (those with underscores are the class's)."""
+    owner, instance = compat.attention_lookup()[0], compat.ATTENTION_FUNCTIONS
+    return instance if name in vars(instance) and not name.startswith("_") else owner
+
+
+def _place(name: str) -> _Placed:
+    owner = _owner(name)
     original = getattr(owner, name)
 
-    @functools.wraps(original)
-    def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = original(self, *args, **kwargs)
-        return function if is_compiling() else _through(function)
+    def get_interface(*args: Any, **kwargs: Any) -> Any:
+        function = original(*args, **kwargs)
+        if getattr(function, "__code__", None) is _done or is_compiling():
+            return function
+        return _through(function)
 
-    placed = owner, name, owner.__dict__.get(name), lookup
+    def getitem(self: Any, key: Any) -> Any:  # within `get_interface`: be quick
+        function = original(self, key)
+        if getattr(function, "__code__", None) is _done or is_compiling():
+            return function
+        return _through(function)
+
+    lookup = functools.wraps(original)(getitem if name == "__getitem__" else get_interface)
+    placed = owner, name, vars(owner).get(name), lookup
     setattr(owner, name, lookup)
     return placed
 
 
-def _on_top() -> tuple[type, str, Any, Any] | None:
-    """The one of our look-ups that transformers calls first, if it is one of ours."""
-    return next((p for p in _placed if p[0].__dict__.get(p[1]) is p[3]), None)
+def _on_top(placed: _Placed) -> bool:
+    """Whether a look-up of ours is where it was put."""
+    owner, name, _, lookup = placed
+    return vars(owner).get(name) is lookup
 
 
-def _asked() -> bool:
-    """Whether a look-up reaches ours, through whatever others put around it."""
+def _asked(name: str) -> bool:
+    """Whether this way of looking up reaches ours, through whatever others put around it."""
     global _through
     seen, through, this_thread = [], _through, threading.get_ident()
 
@@ -101,7 +123,7 @@ def _asked() -> bool:
 
     _through = watch
     try:
-        compat.look_up()
+        compat.look_up(name)
     except Exception:  # another library's look-up: whatever it dislikes, ours was reached or not
         pass
     finally:

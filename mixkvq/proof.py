@@ -107,7 +107,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
         if error <= 1 and (masks := _tried(few, variant, rows)) is not None:
             return Proof(
                 call.name,
-                Identity(call.function),
+                Identity(call.known_as),
                 call.given,
                 variant.softcap is not None,
                 variant.sinks is not None,

@@ -432,5 +432,5 @@ def test_functions_are_not_kept_alive():
 
 
 def test_a_function_with_the_hook_gets_no_second_one():
-    once = hook.wrap(attention)
-    assert hook.wrap(once) is once and once.__wrapped__ is attention
+    once = found(attention)
+    assert found(once) is once and once.__wrapped__ is attention and hook.unwrapped(once) is attention

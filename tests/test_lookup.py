@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import threading
@@ -31,7 +32,8 @@ def clean(request, monkeypatch):
     """No hook at first, the hook again at the end; once more with the look-up of transformers before 5.1."""
     mixkvq.uninstall()
     before = state()
-    monkeypatch.setattr(compat, "attention_lookup", lambda: (OWNER, request.param))
+    if request.param != NAME:
+        monkeypatch.setattr(compat, "LOOKUPS", (request.param,))
     yield request.param
     mixkvq.uninstall()
     assert state() == before
@@ -142,7 +144,7 @@ def test_every_order_of_coming_and_going(clean, order):
         ours = name == "ours in" or (ours and name != "ours out")
         theirs = name == "theirs in" or (theirs and name != "theirs out")
         calls = other.calls
-        ALL_ATTENTION_FUNCTIONS["sdpa"] if clean == "__getitem__" else compat.look_up()
+        ALL_ATTENTION_FUNCTIONS["sdpa"] if clean == "__getitem__" else compat.look_up(clean)
         assert (other.calls > calls) == theirs, f"their hook after {name!r}"
         found = ALL_ATTENTION_FUNCTIONS["sdpa"] if clean == "__getitem__" else look_up_sdpa()
         if (name, ours) != ("theirs out", True) or order.index("theirs in") > order.index("ours in"):
@@ -205,7 +207,59 @@ def test_a_library_that_raises_when_probed_is_left_alone(clean):
     assert lookup.blindness() == reasons.INVISIBLE
 
 
+@pytest.mark.skipif(NAME == "__getitem__", reason="before 5.1 functions are found by a subscript, which is the class's")
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_a_library_that_gives_the_instance_a_method(clean, asks, theirs_first):
+    if clean != NAME:
+        pytest.skip("the method is not looked up then")
+    instance = ALL_ATTENTION_FUNCTIONS
+    if not theirs_first:
+        mixkvq.install()
+    inner = instance.get_interface if asks else lambda name, default: instance._global_mapping.get(name, default)
+    theirs = instance.get_interface = lambda name, default: inner(name, default)
+    try:
+        assert (lookup.blindness() == reasons.INVISIBLE) == (asks and not theirs_first)
+        mixkvq.install()
+        assert lookup.blindness() == reasons.INVISIBLE and works()
+        mixkvq.uninstall()
+        assert instance.get_interface is theirs
+    finally:
+        del instance.get_interface
+
+
 # ---- other doors of transformers -----------------------------------------------------------------------------------
+def test_code_that_subscripts_is_hooked_too(monkeypatch):
+    """As model code from before 5.1 does it, and still some of transformers' own."""
+    from transformers.models.llama import modeling_llama
+
+    class Subscripted:
+        def get_interface(self, name, default):
+            return default if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Subscripted())
+    assert works()
+
+
+def test_the_interface_is_a_mapping_as_before(clean):
+    names, instance = list(ALL_ATTENTION_FUNCTIONS), AttentionInterface()
+    stored = instance["mine"] = attention
+    mixkvq.install()
+    assert list(ALL_ATTENTION_FUNCTIONS) == names and len(ALL_ATTENTION_FUNCTIONS) == len(names)
+    assert "sdpa" in ALL_ATTENTION_FUNCTIONS and "none" not in ALL_ATTENTION_FUNCTIONS
+    assert ALL_ATTENTION_FUNCTIONS.get("none") is None and ALL_ATTENTION_FUNCTIONS.get("none", 3) == 3
+    with pytest.raises(KeyError, match="none"):
+        ALL_ATTENTION_FUNCTIONS["none"]
+    for copied in (instance, copy.copy(instance), copy.deepcopy(instance)):
+        assert copied["mine"].__wrapped__ is stored and copied._local_mapping == {"mine": stored}
+        assert copied.pop("mine").__wrapped__ is stored
+        copied["mine"] = stored
+    del instance["mine"]
+    assert "mine" not in instance
+    mixkvq.uninstall()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is AttentionInterface._global_mapping["sdpa"]
+
+
 def test_a_registered_function_is_proved_and_packed():
     def mine(*args, **kwargs):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)

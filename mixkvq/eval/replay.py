@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from transformers import DynamicCache
 
 from .. import compat
 from ..compat import cache_argument
-from ..hook import TAG, wrap
-from ..identity import Identity
+from ..hook import TAG, unwrapped, wrap
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,13 @@ class AttentionCall:
     def replay(self, cache: Any) -> None:
         """Let a cache see the call."""
 
-        @functools.wraps(self.function)  # reports name it
         def attention(module: Any, query: Any, *rest: Any, **kwargs: Any) -> Any:
             if query is self.query:
                 return self.result
             return self.function(module, query, *rest, **kwargs)  # the proof tries other queries
 
         key, value = cache.update(self.key, self.value, self.layer)
-        wrap(attention)(self.module, self.query, key, value, *self.rest, **self.arguments)
-        proof = getattr(cache.layers[self.layer], "proof", None)
-        if proof is not None:  # of the model's own function, which gave the result
-            own: Any = wrap(self.function)
-            cache.layers[self.layer].proof = replace(proof, identity=Identity(own.__wrapped__))
+        wrap(attention, unwrapped(self.function))(self.module, self.query, key, value, *self.rest, **self.arguments)
 
 
 @dataclass(frozen=True)
