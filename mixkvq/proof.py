@@ -4,8 +4,10 @@ Keys and values are still plain then. The last query row is computed again by th
 model's attention function returned: mask, scaling, soft cap and attention sinks are measured, not assumed from a table.
 One row leaves much open: a soft cap does nothing to small scores, a row that sees everything says nothing about masks.
 So the function is also tried on rows that this call did not have: larger queries, and two rows of which a mask hides
-different keys. A sliding window counts as proved once the compared row sees past it. What a function will do on longer
-texts without an argument that says so cannot be found out.
+different keys. A sliding window counts as proved once it hides something from the compared row. What a function will do
+on longer texts without an argument that says so cannot be found out. No trial draws from torch's random numbers, but a
+function that leaves something behind (attention weights kept on its module) leaves that of the last trial, once per
+layer: the trials follow the call that they are compared with.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Proof:
     masks : bool
         Whether it hides from every query what a mask hides from it.
     window : int or None
-        The sliding window that the compared row saw past.
+        The sliding window that hid something from the compared row.
     options : tuple of (str, value)
         Further arguments that may mean anything; the proof holds for these values.
     """
@@ -112,7 +114,7 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
                 variant.softcap is not None,
                 variant.sinks is not None,
                 masks,
-                _window(seen, rows),
+                _window(call, rows),
                 call.options,
             )
     return reasons.mismatch(call.name, f"off by {error:.1f} times rounding" if error > 1 else "with larger queries")
@@ -128,12 +130,12 @@ def _variants(call: Any) -> list[Variant]:
 
 
 def _window(call: Any, rows: torch.Tensor) -> int | None:
-    """The sliding window of a call, if one of these rows sees past it, or would."""
+    """The sliding window of a call, if it hides a real token from the last query of one of these rows."""
     window, tokens = call.arguments.get("sliding_window"), call.key.shape[2]
     if not isinstance(window, int) or tokens <= window:
         return None
-    first = first_columns(call.mask, len(rows), tokens)[rows]
-    return window if bool((first <= tokens - window).any()) else None
+    first = first_columns(call.mask, len(rows), tokens)[rows]  # of all queries: the mask may have the window, too
+    return window if bool((first < tokens - window).any()) else None
 
 
 # ---- padding -------------------------------------------------------------------------------------------------------
