@@ -33,7 +33,7 @@ def cases(dim: int, heads: int, group: int, n: int, preset: str) -> dict[str, Ca
     store.append(k[:, :, HISTORY:], v[:, :, HISTORY:])
     q = torch.randn(1, heads * group, n, dim)
     mask = torch.ones(n, HISTORY + n, dtype=torch.bool).tril(HISTORY)[None, None]
-    keys, values, handle = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), store._core()
+    keys, values, handle = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), store.core()
     return {
         "ours": lambda: ops.attend(handle, q, mask),
         "ours, causal": lambda: ops.attend(handle, q, None, True),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from . import compat, lookup, reasons
+from . import compat, lookup, ops, reasons
 from .agreement import Agreement
 from .arrays import precision_code
 from .assigning import AssignedStates
@@ -358,14 +358,16 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
         store = self.store
         assert store is not None
-        output = store.attend(
+        output = ops.attend(
+            store.core(),
             query,
             mask,
-            scaling=agreement.scaling,
-            softcap=agreement.softcap,
-            sink_logits=sinks,
-            precision=self.precision,
-            observe=True,
+            False,
+            agreement.scaling,
+            agreement.softcap or 0.0,
+            sinks,
+            self.precision,
+            True,
         )
         self.queries.whole += agreement.group
         if store.flush(self._margin):

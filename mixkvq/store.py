@@ -175,7 +175,7 @@ class PackedStore(OrdinaryCopies):
         return True
 
     def _append(self, k_new: torch.Tensor, v_new: torch.Tensor, n: int) -> None:
-        ops.append(self._handle or self._core(), k_new, v_new)
+        ops.append(self._handle or self.core(), k_new, v_new)
         self._room -= n
         self._slack -= n
         self.length += n
@@ -292,7 +292,7 @@ class PackedStore(OrdinaryCopies):
         -------
         tensor [B, n, Q, D], contiguous, in q's dtype
         """
-        handle = self._handle or self._core()
+        handle = self._handle or self.core()
         return ops.attend(handle, q, mask, causal, scaling, softcap or 0.0, sink_logits, precision, observe)
 
     @outside_autograd
@@ -301,7 +301,7 @@ class PackedStore(OrdinaryCopies):
         shape = (*self.k.shape[:2], self.length, self.k.shape[3])
         k, v = self.k.new_zeros(shape), self.k.new_zeros(shape)
         sinks = self.exact.clamp(max=self.config.sink_length)
-        ops.unpack(self._core(), k, v, self.start + sinks)
+        ops.unpack(self.core(), k, v, self.start + sinks)
         packed = self.records.blocks * self.config.block_length
         for row, (at, s, n, m) in enumerate(_rows(self.start, sinks, self.exact, packed)):
             for target, buffer in ((k, self.k), (v, self.v)):
@@ -309,7 +309,7 @@ class PackedStore(OrdinaryCopies):
                 target[row, :, at + s + m : at + n + m] = buffer[row, :, s:n]
         return k, v
 
-    def _core(self) -> Any:
+    def core(self) -> Any:
         """The core's handle: it keeps addresses, so it is made anew whenever a tensor was replaced."""
         if self._handle is None:
             self._handle = self._core_of(self.records.place, self.records.blocks)
