@@ -18,7 +18,7 @@ from mixkvq import MixKVQCache, compat
 def python(version: str, code: str, *options: str) -> subprocess.CompletedProcess:
     """Run code in a process of its own, where transformers says that it is another version."""
     pretend = f"import transformers; transformers.__version__ = {version!r}\n"
-    return subprocess.run([sys.executable, *options, "-c", pretend + code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-P", *options, "-c", pretend + code], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["MixKVQCache", "install"])
