@@ -25,7 +25,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     try:
-        import_module(f"{__name__}.compat")  # first: it says if transformers is too old
+        import_module("torch")
+        import_module(f"{__name__}.compat")  # first of ours: it says if transformers is too old
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("torch", "transformers"):
