@@ -14,13 +14,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 from models import assert_same_tokens, generate, lossless
+from one_layer import Module, attention
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, MixKVQConfig
 from mixkvq.cli import UserError
 from mixkvq.cli.score import teacher_forced
 from mixkvq.cli.text import question_ids, text_ids
-from mixkvq.compat import cache_argument
+from mixkvq.compat import attention_function, cache_argument
 from mixkvq.eval.checkpoints import SMOLLM2
 from mixkvq.eval.memory import bf16_nbytes, cache_nbytes
 from mixkvq.eval.models import load
@@ -111,10 +112,13 @@ def test_default_preset_takes_a_quarter_of_a_bf16_cache(smollm2):
     config = model.config
     shape = (1, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
     generator = torch.Generator().manual_seed(0)
-    with pytest.warns(UserWarning, match="decoded"):  # nobody attends: packed when the next layer, or step, comes
-        for index in range(config.num_hidden_layers):
-            cache.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), index)
-        cache.update(*(torch.randn((*shape[:2], 1, shape[3])) for _ in range(2)), 0)
+    attend = attention_function("sdpa", attention)
+    module, groups = Module(), config.num_attention_heads // config.num_key_value_heads
+    module.num_key_value_groups = groups
+    for index in range(config.num_hidden_layers):
+        keys, values = cache.update(*(torch.randn(shape, generator=generator) for _ in range(2)), index)
+        query = torch.randn(1, shape[1] * groups, 1, shape[3], generator=generator)
+        attend(module, query, keys, values, None, scaling=shape[3] ** -0.5)  # of the last token: a layer packs then
     report = cache.report()
     one_layer = 2 * 4 * shape[1] * tokens * shape[3]
     assert report.nbytes <= 0.27 * bf16_nbytes(config, tokens) and report.nbytes == cache_nbytes(cache)
