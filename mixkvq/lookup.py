@@ -43,7 +43,7 @@ def _forbidden() -> bool:
 def install(through: Callable[[Attention], Attention], done: types.CodeType) -> None:
     """Have ``through`` applied to every attention function that is looked up, unless ``MIXKVQ_HOOK=off``.
 
-    ``done`` is the code of all functions that it gives: one way of looking up may use another one.
+    ``done`` is the code of all functions that it gives: somebody may have registered one of them.
     """
     global _through, _done
     with _lock:
@@ -87,19 +87,13 @@ def _place(name: str) -> _Placed:
     owner = _owner(name)
     original = getattr(owner, name)
 
-    def get_interface(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original)
+    def lookup(*args: Any, **kwargs: Any) -> Any:
         function = original(*args, **kwargs)
         if getattr(function, "__code__", None) is _done or is_compiling():
             return function
         return _through(function)
 
-    def getitem(self: Any, key: Any) -> Any:  # within `get_interface`: be quick
-        function = original(self, key)
-        if getattr(function, "__code__", None) is _done or is_compiling():
-            return function
-        return _through(function)
-
-    lookup = functools.wraps(original)(getitem if name == "__getitem__" else get_interface)
     placed = owner, name, vars(owner).get(name), lookup
     setattr(owner, name, lookup)
     return placed
