@@ -24,6 +24,14 @@ static mkvq_status fail(mkvq_error *error, mkvq_status status, const char *argum
             return passed; \
     } while (0)
 
+/* A float in an error, whose value is an integer: cut, or the nearest that fits; 0 for NaN. */
+static int64_t integer(float x)
+{
+    if (isnan(x))
+        return 0;
+    return x >= 0x1p63f ? INT64_MAX : x < -0x1p63f ? INT64_MIN : (int64_t)x;
+}
+
 static int is_float(int dtype)
 {
     return dtype == MKVQ_F32 || dtype == MKVQ_F16 || dtype == MKVQ_BF16;
@@ -36,16 +44,33 @@ static mkvq_status check_head_dim(int64_t dim, mkvq_error *error)
     return MKVQ_OK;
 }
 
+/* More than a process can address. Sizes and strides within it leave room in 64 bits for every
+ * product that the core makes of them; a stride of 0 needs no memory for any size. */
+#define MAX_ELEMENTS (INT64_C(1) << 48)
+
+mkvq_status mkvq_check_extent(const mkvq_view *v, const char *name, mkvq_error *error)
+{
+    int64_t elements = 1;
+    for (int i = 0; i < 4; i++) {
+        REQUIRE(v->shape[i] >= 0, MKVQ_E_SHAPE, name, v->shape[i],
+                "of sizes that are not negative");
+        const int64_t n = v->shape[i] ? v->shape[i] : 1;
+        REQUIRE(n <= MAX_ELEMENTS / elements, MKVQ_E_SHAPE, name, n, "of at most 2^48 elements");
+        elements *= n;
+        REQUIRE(v->stride[i] <= MAX_ELEMENTS / n && v->stride[i] >= -MAX_ELEMENTS / n, MKVQ_E_SHAPE,
+                name, v->stride[i], "of strides over at most 2^48 elements");
+    }
+    return MKVQ_OK;
+}
+
 static mkvq_status check_view(const mkvq_view *v, const char *name, mkvq_error *error)
 {
     REQUIRE(is_float(v->dtype), MKVQ_E_DTYPE, name, v->dtype,
             "float32 (1), float16 (2) or bfloat16 (3)");
+    PASS(mkvq_check_extent(v, name, error));
     int empty = 0;
-    for (int i = 0; i < 4; i++) {
-        REQUIRE(v->shape[i] >= 0, MKVQ_E_SHAPE, name, v->shape[i],
-                "of sizes that are not negative");
+    for (int i = 0; i < 4; i++)
         empty |= v->shape[i] == 0;
-    }
     REQUIRE(empty || v->data, MKVQ_E_NULL, name, 0, "an address");
     return check_head_dim(v->shape[3], error);
 }
@@ -102,7 +127,8 @@ mkvq_status mkvq_check_codec(const mkvq_codec *c, mkvq_error *error)
     }
     if (c->allocate == MKVQ_ALLOCATE_THRESHOLD) {
         REQUIRE(c->threshold_low >= 0.0f && c->threshold_high >= c->threshold_low, MKVQ_E_VALUE,
-                "threshold_high", c->threshold_high, "at least threshold_low, which is at least 0");
+                "threshold_high", integer(c->threshold_high),
+                "at least threshold_low, which is at least 0");
         return MKVQ_OK;
     }
     REQUIRE(c->pattern_cost == 0 || c->pattern_cost == 1, MKVQ_E_VALUE, "pattern_cost",
@@ -144,6 +170,8 @@ static int64_t coded_bytes(const mkvq_codec *c, const uint16_t *pattern)
 
 int64_t mkvq_record_bound(const mkvq_codec *c)
 {
+    if (mkvq_check_codec(c, NULL) != MKVQ_OK)
+        return 0;
     int64_t bound =
         mkvq_up64(64 + 2 * (int64_t)c->block_length * c->head_dim * mkvq_dtype_bytes(c->dtype));
     if (c->allocate == MKVQ_ALLOCATE_EXACT)
@@ -275,6 +303,8 @@ static mkvq_status check_records(const mkvq_history *h, int32_t *block_tokens, m
                         "an index of a slab and an offset in it");
                 REQUIRE(offset % 64 == 0 && offset + 64 <= h->slab_bytes[slab], MKVQ_E_SHAPE,
                         "place", place, "a multiple of 64 inside the slab");
+                REQUIRE(h->slab_base[slab] && h->slab_base[slab] % 64 == 0, MKVQ_E_VALUE, "slab",
+                        h->slab_base[slab], "an address that is a multiple of 64");
                 mkvq_layout l;
                 PASS(check_record((const uint8_t *)(uintptr_t)h->slab_base[slab] + offset,
                                   h->slab_bytes[slab] - offset, &l, error));
@@ -293,13 +323,25 @@ static mkvq_status check_records(const mkvq_history *h, int32_t *block_tokens, m
     return MKVQ_OK;
 }
 
-static mkvq_status check_history(const mkvq_history *h, int32_t *block_tokens, mkvq_error *error)
+static mkvq_status check_history(const mkvq_history *h, int place, int32_t *block_tokens,
+                                 mkvq_error *error)
 {
     REQUIRE(h, MKVQ_E_NULL, "history", 0, "an address");
     REQUIRE(h->batch >= 0 && h->kv_heads >= 1, MKVQ_E_SHAPE, "history kv_heads", h->kv_heads,
             "at least 1");
     PASS(check_head_dim(h->head_dim, error));
     REQUIRE(h->batch == 0 || h->blocks, MKVQ_E_NULL, "blocks", 0, "an address");
+    if (place == MKVQ_ON_DEVICE) {
+        REQUIRE(h->place_stride >= 0, MKVQ_E_SHAPE, "place", h->place_stride, "not negative");
+        if (h->batch == 0 || h->place_stride == 0)
+            return MKVQ_OK;
+        REQUIRE(h->place, MKVQ_E_NULL, "place", 0, "an address");
+        REQUIRE(h->block_tokens >= 1 && h->block_tokens <= 65535, MKVQ_E_VALUE, "block_tokens",
+                h->block_tokens, "the length of all blocks");
+        REQUIRE(h->record_bytes >= 64, MKVQ_E_VALUE, "record_bytes", h->record_bytes,
+                "an upper bound of all records");
+        return MKVQ_OK;
+    }
     if (h->checked)
         return MKVQ_OK;
     for (int64_t b = 0; b < h->batch; b++) {
@@ -316,13 +358,13 @@ mkvq_status mkvq_check_history(mkvq_history *history, mkvq_error *error)
     int32_t tokens = 0;
     REQUIRE(history, MKVQ_E_NULL, "history", 0, "an address");
     history->checked = 0;
-    PASS(check_history(history, &tokens, error));
+    PASS(check_history(history, MKVQ_ON_HOST, &tokens, error));
     history->checked = 1, history->block_tokens = tokens;
     return MKVQ_OK;
 }
 
 /* ---- calls ----------------------------------------------------------------------------------- */
-mkvq_status mkvq_check_salience(const mkvq_salience_args *a, mkvq_error *error)
+mkvq_status mkvq_check_salience(const mkvq_salience_args *a, int place, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     PASS(check_view(&a->q, "q", error));
@@ -330,13 +372,13 @@ mkvq_status mkvq_check_salience(const mkvq_salience_args *a, mkvq_error *error)
             a->kv_heads, "a divisor of the number of query heads");
     REQUIRE(a->power == 1 || a->power == 2, MKVQ_E_VALUE, "power", a->power, "1 or 2");
     REQUIRE(a->sum || a->q.shape[0] == 0, MKVQ_E_NULL, "sum", 0, "an address");
-    for (int64_t b = 0; a->first && b < a->q.shape[0]; b++)
+    for (int64_t b = 0; place == MKVQ_ON_HOST && a->first && b < a->q.shape[0]; b++)
         REQUIRE(a->first[b] >= 0 && a->first[b] <= a->q.shape[2], MKVQ_E_VALUE, "first",
                 a->first[b], "0 to the number of queries");
     return MKVQ_OK;
 }
 
-mkvq_status mkvq_check_pack(const mkvq_pack_args *a, mkvq_error *error)
+mkvq_status mkvq_check_pack(const mkvq_pack_args *a, int place, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     PASS(mkvq_check_codec(a->codec, error));
@@ -352,7 +394,7 @@ mkvq_status mkvq_check_pack(const mkvq_pack_args *a, mkvq_error *error)
     if (rows == 0 || heads == 0)
         return MKVQ_OK;
     REQUIRE(a->first && a->blocks, MKVQ_E_NULL, "blocks", 0, "an address");
-    for (int64_t b = 0; b < rows; b++) {
+    for (int64_t b = 0; place == MKVQ_ON_HOST && b < rows; b++) {
         REQUIRE(a->blocks[b] >= 0 && a->blocks[b] <= a->max_blocks, MKVQ_E_VALUE, "blocks",
                 a->blocks[b], "0 to max_blocks");
         REQUIRE(a->first[b] >= 0 && a->first[b] <= a->k.shape[2] &&
@@ -369,17 +411,18 @@ mkvq_status mkvq_check_pack(const mkvq_pack_args *a, mkvq_error *error)
     REQUIRE(!a->codec->key_reference || a->codec->allocate == MKVQ_ALLOCATE_EXACT ||
                 (a->mu && a->has_mu),
             MKVQ_E_NULL, "mu", 0, "given: the codec has a key reference");
-    for (int64_t i = 0; a->importance && i < rows * heads * a->codec->head_dim; i++)
+    for (int64_t i = 0;
+         place == MKVQ_ON_HOST && a->importance && i < rows * heads * a->codec->head_dim; i++)
         REQUIRE(a->importance[i] >= 0.0f && isfinite(a->importance[i]), MKVQ_E_VALUE, "importance",
                 i, "finite and not negative (the value is the index)");
     return MKVQ_OK;
 }
 
-mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, mkvq_error *error)
+mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, int place, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     int32_t ignored;
-    PASS(check_history(a->history, &ignored, error));
+    PASS(check_history(a->history, place, &ignored, error));
     PASS(check_view(&a->k, "k", error));
     PASS(check_view(&a->v, "v", error));
     PASS(same_shape(&a->k, &a->v, "v", error));
@@ -390,14 +433,14 @@ mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, mkvq_error *error)
     REQUIRE(a->k.shape[3] == h->head_dim, MKVQ_E_SHAPE, "k", a->k.shape[3],
             "of the history's head_dim");
     REQUIRE(h->batch == 0 || a->first, MKVQ_E_NULL, "first", 0, "an address");
-    for (int64_t b = 0; b < h->batch; b++)
+    for (int64_t b = 0; place == MKVQ_ON_HOST && b < h->batch; b++)
         REQUIRE(a->first[b] >= 0 &&
                     a->first[b] <= a->k.shape[2] - mkvq_tokens_before(h, b, h->blocks[b]),
                 MKVQ_E_SPACE, "first", a->first[b], "such that all blocks fit into k and v");
     return MKVQ_OK;
 }
 
-mkvq_status mkvq_check_append(const mkvq_append_args *a, mkvq_error *error)
+mkvq_status mkvq_check_append(const mkvq_append_args *a, int place, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     const mkvq_view *views[4] = {&a->k, &a->v, &a->k_new, &a->v_new};
@@ -413,17 +456,17 @@ mkvq_status mkvq_check_append(const mkvq_append_args *a, mkvq_error *error)
     REQUIRE(a->k.shape[2] == a->v.shape[2] && a->k_new.shape[2] == a->v_new.shape[2], MKVQ_E_SHAPE,
             "v_new", a->v_new.shape[2], "of as many tokens as k_new");
     REQUIRE(a->exact || a->k.shape[0] == 0, MKVQ_E_NULL, "exact", 0, "an address");
-    for (int64_t b = 0; b < a->k.shape[0]; b++)
+    for (int64_t b = 0; place == MKVQ_ON_HOST && b < a->k.shape[0]; b++)
         REQUIRE(a->exact[b] >= 0 && a->exact[b] <= a->k.shape[2] - a->k_new.shape[2], MKVQ_E_SPACE,
                 "exact", a->exact[b], "such that the new tokens fit into the buffer");
     return MKVQ_OK;
 }
 
-mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
+mkvq_status mkvq_check_attend(const mkvq_attend_args *a, int place, mkvq_error *error)
 {
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     int32_t ignored;
-    PASS(check_history(a->history, &ignored, error));
+    PASS(check_history(a->history, place, &ignored, error));
     PASS(check_view(&a->q, "q", error));
     PASS(check_view(&a->out, "out", error));
     PASS(same_shape(&a->q, &a->out, "out", error));
@@ -442,25 +485,29 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, mkvq_error *error)
     REQUIRE(a->k.shape[3] == h->head_dim, MKVQ_E_SHAPE, "k", a->k.shape[3],
             "of the history's head_dim");
     REQUIRE(a->sink_length >= 0, MKVQ_E_VALUE, "sink_length", a->sink_length, "not negative");
-    REQUIRE(a->softcap >= 0.0f && isfinite(a->softcap), MKVQ_E_VALUE, "softcap", a->softcap,
-            "finite and not negative");
-    REQUIRE(isfinite(a->scaling), MKVQ_E_VALUE, "scaling", 0, "finite");
+    REQUIRE(a->softcap >= 0.0f && isfinite(a->softcap), MKVQ_E_VALUE, "softcap",
+            integer(a->softcap), "finite and not negative");
+    REQUIRE(isfinite(a->scaling), MKVQ_E_VALUE, "scaling", integer(a->scaling), "finite");
     REQUIRE(a->mask_kind >= 0 && a->mask_kind <= MKVQ_MASK_ARRAY, MKVQ_E_VALUE, "mask_kind",
             a->mask_kind, "0, 1 or 2");
     REQUIRE(a->precision >= 0 && a->precision <= MKVQ_PRECISION_FAST, MKVQ_E_VALUE, "precision",
             a->precision, "0, 1 or 2");
     REQUIRE(h->batch == 0 || a->exact, MKVQ_E_NULL, "exact", 0, "an address");
-    REQUIRE(!a->workspace || a->workspace_bytes >= mkvq_attend_workspace(a), MKVQ_E_SPACE,
-            "workspace", a->workspace_bytes, "mkvq_attend_workspace bytes, or NULL");
+    REQUIRE(place == MKVQ_ON_DEVICE || !a->workspace ||
+                a->workspace_bytes >= mkvq_attend_workspace(a),
+            MKVQ_E_SPACE, "workspace", a->workspace_bytes, "mkvq_attend_workspace bytes, or NULL");
+    REQUIRE((uintptr_t)a->workspace % 4 == 0, MKVQ_E_VALUE, "workspace",
+            (uintptr_t)a->workspace % 4, "aligned to 4 bytes");
     if (a->mask_kind == MKVQ_MASK_ARRAY) {
         REQUIRE(is_float(a->mask.dtype) || a->mask.dtype == MKVQ_BOOL, MKVQ_E_DTYPE, "mask",
                 a->mask.dtype, "bool or a float type");
+        PASS(mkvq_check_extent(&a->mask, "mask", error));
         REQUIRE(a->mask.data, MKVQ_E_NULL, "mask", 0, "an address");
         for (int i = 0; i < 3; i++)
             REQUIRE(a->mask.shape[i] == a->q.shape[i], MKVQ_E_SHAPE, "mask", a->mask.shape[i],
                     "of the shape of q in its first three dimensions (stride 0 broadcasts)");
     }
-    for (int64_t b = 0; b < h->batch; b++) {
+    for (int64_t b = 0; place == MKVQ_ON_HOST && b < h->batch; b++) {
         REQUIRE(a->exact[b] >= 0 && a->exact[b] <= a->k.shape[2], MKVQ_E_SHAPE, "exact",
                 a->exact[b], "0 to the buffer's tokens");
         REQUIRE(h->blocks[b] == 0 || a->exact[b] >= a->sink_length, MKVQ_E_VALUE, "exact",

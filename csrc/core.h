@@ -6,6 +6,9 @@
 #ifndef MKVQ_CORE_H
 #define MKVQ_CORE_H
 #include "layout.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 #define MKVQ_INLINE inline __attribute__((always_inline))
 
@@ -18,6 +21,9 @@ typedef struct {
     int64_t tiles, rows; /* tiles of a head, query rows of a tile */
     int64_t runs;        /* runs of blocks of a head, merged at the end */
 } mkvq_attend_plan;
+
+mkvq_attend_plan mkvq_plan_attend(const mkvq_attend_args *args);
+int64_t mkvq_partial_floats(const mkvq_attend_args *args, const mkvq_attend_plan *plan);
 
 typedef struct {
     const char *name;
@@ -42,24 +48,34 @@ extern const mkvq_kernels mkvq_kernels_neon, mkvq_kernels_neon_dot;
 
 const mkvq_kernels *mkvq_kernel_table(void);
 
-mkvq_status mkvq_check_salience(const mkvq_salience_args *args, mkvq_error *error);
-mkvq_status mkvq_check_pack(const mkvq_pack_args *args, mkvq_error *error);
-mkvq_status mkvq_check_unpack(const mkvq_unpack_args *args, mkvq_error *error);
-mkvq_status mkvq_check_append(const mkvq_append_args *args, mkvq_error *error);
-mkvq_status mkvq_check_attend(const mkvq_attend_args *args, mkvq_error *error);
+/* Where the arrays of a call lie: what is in device memory cannot be read here, its numbers are not
+ * checked. */
+enum { MKVQ_ON_HOST, MKVQ_ON_DEVICE };
 
-static inline int mkvq_has_budget(const mkvq_codec *codec)
+/* Sizes and strides of an array, with room in 64 bits for every product of them. */
+mkvq_status mkvq_check_extent(const mkvq_view *view, const char *name, mkvq_error *error);
+mkvq_status mkvq_check_salience(const mkvq_salience_args *args, int place, mkvq_error *error);
+mkvq_status mkvq_check_pack(const mkvq_pack_args *args, int place, mkvq_error *error);
+mkvq_status mkvq_check_unpack(const mkvq_unpack_args *args, int place, mkvq_error *error);
+mkvq_status mkvq_check_append(const mkvq_append_args *args, int place, mkvq_error *error);
+mkvq_status mkvq_check_attend(const mkvq_attend_args *args, int place, mkvq_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+MKVQ_FN int mkvq_has_budget(const mkvq_codec *codec)
 {
     return codec->allocate == MKVQ_ALLOCATE_BUDGET || codec->allocate == MKVQ_ALLOCATE_LAYER;
 }
 
-static inline int mkvq_has_reference(const mkvq_codec *codec)
+MKVQ_FN int mkvq_has_reference(const mkvq_codec *codec)
 {
     return codec->key_reference && codec->allocate != MKVQ_ALLOCATE_EXACT;
 }
 
-static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,
-                                            int64_t block)
+MKVQ_FN const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, int64_t head,
+                                      int64_t block)
 {
     const int64_t place = h->place[(row * h->kv_heads + head) * h->place_stride + block];
     return (const uint8_t *)(uintptr_t)h->slab_base[place >> MKVQ_SLAB_SHIFT] +
@@ -67,7 +83,7 @@ static inline const uint8_t *mkvq_record_at(const mkvq_history *h, int64_t row, 
 }
 
 /* Tokens of the first `blocks` blocks of a row, which all its heads have alike. */
-static inline int64_t mkvq_tokens_before(const mkvq_history *h, int64_t row, int64_t blocks)
+MKVQ_FN int64_t mkvq_tokens_before(const mkvq_history *h, int64_t row, int64_t blocks)
 {
     int64_t tokens = 0;
     if (h->checked && h->block_tokens)
@@ -78,7 +94,7 @@ static inline int64_t mkvq_tokens_before(const mkvq_history *h, int64_t row, int
 }
 
 /* Address of element [a, b, c, 0]. */
-static inline uint8_t *mkvq_at(const mkvq_view *v, int64_t a, int64_t b, int64_t c)
+MKVQ_FN uint8_t *mkvq_at(const mkvq_view *v, int64_t a, int64_t b, int64_t c)
 {
     return (uint8_t *)v->data +
            (a * v->stride[0] + b * v->stride[1] + c * v->stride[2]) * mkvq_dtype_bytes(v->dtype);

@@ -42,22 +42,22 @@ typedef struct {
     int64_t key_meta, value_meta, key_columns, exact_keys, values, nbytes;
 } mkvq_layout;
 
-static inline int64_t mkvq_up64(int64_t n)
+MKVQ_FN int64_t mkvq_up64(int64_t n)
 {
     return (n + 63) / 64 * 64;
 }
 
-static inline int mkvq_dtype_bytes(int dtype)
+MKVQ_FN int mkvq_dtype_bytes(int dtype)
 {
     return dtype == MKVQ_F32 ? 4 : dtype == MKVQ_BOOL ? 1 : 2;
 }
 
-static inline int mkvq_meta_bytes(int metadata)
+MKVQ_FN int mkvq_meta_bytes(int metadata)
 {
     return metadata == MKVQ_META_FP16_FP16 ? 2 : 1;
 }
 
-static inline int mkvq_tier_bits(int tier)
+MKVQ_FN int mkvq_tier_bits(int tier)
 {
     static const uint8_t bits[MKVQ_TIERS] = {1, 2, 3, 4, 8, 0};
     return bits[tier];
@@ -65,14 +65,14 @@ static inline int mkvq_tier_bits(int tier)
 
 /* Words of one token column (keys) or one channel row (values) that values of `bits` bits take
  * per `tokens` entries. */
-static inline int64_t mkvq_value_rows(int bits, int64_t tokens)
+MKVQ_FN int64_t mkvq_value_rows(int bits, int64_t tokens)
 {
     return bits == 3 ? tokens / 16 + tokens / 32 : tokens * bits / 32;
 }
 
 /* The channels 8i + j whose bit j of `bits` is set, ascending, one byte each; the other bytes are
  * garbage. */
-static inline uint64_t mkvq_set_channels(unsigned bits, int first)
+MKVQ_FN uint64_t mkvq_set_channels(unsigned bits, int first)
 {
 #define MKVQ_BIT(b, i) ((uint64_t)((b) >> (i) & 1))
 #define MKVQ_BELOW(b, i) __builtin_popcount((b) & ((1u << (i)) - 1))
@@ -89,7 +89,7 @@ static inline uint64_t mkvq_set_channels(unsigned bits, int first)
 }
 
 /* Bits 0, 3, 6 ... 21 of x, side by side. */
-static inline unsigned mkvq_every_third(uint32_t x)
+MKVQ_FN unsigned mkvq_every_third(uint32_t x)
 {
     x &= 0x249249;
     x = (x ^ x >> 2) & 0x0c30c3;
@@ -100,7 +100,7 @@ static inline unsigned mkvq_every_third(uint32_t x)
 /* Fills counts, stored order and `coded` from a channel map: three bits per channel, eight channels
  * in three bytes. Tier ids above the last are of no tier: `counts` then add up to less than
  * head_dim. */
-static inline void mkvq_layout_order(mkvq_layout *layout, const uint8_t *map)
+MKVQ_FN void mkvq_layout_order(mkvq_layout *layout, const uint8_t *map)
 {
     static const uint8_t rank[MKVQ_TIERS] = {MKVQ_TIER_8, MKVQ_TIER_4, MKVQ_TIER_3,
                                              MKVQ_TIER_2, MKVQ_TIER_1, MKVQ_TIER_EXACT};
@@ -133,7 +133,7 @@ static inline void mkvq_layout_order(mkvq_layout *layout, const uint8_t *map)
 }
 
 /* Tier of the channel at index `stored`. */
-static inline int mkvq_stored_tier(const mkvq_layout *layout, int stored)
+MKVQ_FN int mkvq_stored_tier(const mkvq_layout *layout, int stored)
 {
     static const uint8_t rank[MKVQ_TIERS - 1] = {MKVQ_TIER_8, MKVQ_TIER_4, MKVQ_TIER_3, MKVQ_TIER_2,
                                                  MKVQ_TIER_1};
@@ -144,7 +144,7 @@ static inline int mkvq_stored_tier(const mkvq_layout *layout, int stored)
 }
 
 /* Fills section offsets and length from head and counts. */
-static inline void mkvq_layout_sections(mkvq_layout *layout)
+MKVQ_FN void mkvq_layout_sections(mkvq_layout *layout)
 {
     const mkvq_header *h = &layout->head;
     const int *n = layout->counts;
@@ -186,7 +186,7 @@ typedef struct {
     uint32_t mask; /* of the low bits */
 } mkvq_code_place;
 
-static inline mkvq_code_place mkvq_key_place(const mkvq_layout *layout, int stored)
+MKVQ_FN mkvq_code_place mkvq_key_place(const mkvq_layout *layout, int stored)
 {
     const int *n = layout->counts, *columns = layout->columns;
     const int two = columns[0] + columns[1], ones = two + columns[2];
@@ -206,7 +206,7 @@ static inline mkvq_code_place mkvq_key_place(const mkvq_layout *layout, int stor
     return (mkvq_code_place){ones + entry / 32, mkvq_one_bit(entry % 32), -1, 0, 1};
 }
 
-static inline mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int token)
+MKVQ_FN mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int token)
 {
     const int bits = layout->head.value_bits;
     if (bits == 3)
@@ -219,7 +219,7 @@ static inline mkvq_code_place mkvq_value_place(const mkvq_layout *layout, int to
     return (mkvq_code_place){token / per, bits * (token % per), -1, 0, (1u << bits) - 1};
 }
 
-static inline void mkvq_map_write(uint8_t *map, int dim, const uint8_t *tier)
+MKVQ_FN void mkvq_map_write(uint8_t *map, int dim, const uint8_t *tier)
 {
     for (int c = 0; c < dim; c += 8, map += 3) {
         uint32_t word = 0;
@@ -230,7 +230,7 @@ static inline void mkvq_map_write(uint8_t *map, int dim, const uint8_t *tier)
 }
 
 /* Reads a record whose header has been checked. */
-static inline void mkvq_layout_read(mkvq_layout *layout, const uint8_t *record)
+MKVQ_FN void mkvq_layout_read(mkvq_layout *layout, const uint8_t *record)
 {
     memcpy(&layout->head, record, sizeof layout->head);
     if (layout->head.kind == MKVQ_KIND_EXACT) {

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MKVQ_API_VERSION 2
+#define MKVQ_API_VERSION 3
 #define MKVQ_CAPSULE "mixkvq._core._C_API"
 #define MKVQ_MAX_HEAD_DIM 256 /* and a multiple of 8 */
 /* Tokens of a coded block, a multiple of 32; exact records hold up to 65535. */
@@ -41,7 +41,8 @@ typedef enum {
     MKVQ_E_MAGIC,   /* not a record */
     MKVQ_E_VERSION, /* a record of another version */
     MKVQ_E_RECORD,  /* a record whose fields contradict each other or its length */
-    MKVQ_E_ISA      /* an instruction set that is unknown, not built, or not supported */
+    MKVQ_E_ISA,     /* an instruction set that is unknown, not built, or not supported */
+    MKVQ_E_DEVICE   /* a call of the CUDA runtime that failed; `value` is its error */
 } mkvq_status;
 
 /* What went wrong, for a message such as "k: head_dim is 63, must be a multiple of 8 from 8 to
@@ -122,7 +123,7 @@ typedef struct {
 
 mkvq_status mkvq_check_codec(const mkvq_codec *codec, mkvq_error *error);
 /* Bytes of the largest record that this codec can produce (an exact record, or a coded one if
- * that is larger). */
+ * that is larger); 0 if it is no codec. */
 int64_t mkvq_record_bound(const mkvq_codec *codec);
 
 /* ---- records --------------------------------------------------------------------------------- */
@@ -190,6 +191,8 @@ typedef struct {
     /* Set by mkvq_check_history; 0, 0: every call reads and checks all records itself. */
     int32_t checked;      /* 1: records, places and numbers of blocks are as they were checked */
     int32_t block_tokens; /* of every record, 0 if they differ or are not known */
+    int64_t
+        record_bytes; /* of the largest record; read by CUDA kernels only (cuda/mixkvq_cuda.h) */
 } mkvq_history;
 
 /* Checks all records of a history once, so that calls need not; they must not change after. */

@@ -8,18 +8,29 @@
 #include <stdint.h>
 #include <string.h>
 
+/* MKVQ_BODY: of a function over the vector vocabulary (cpu/vec_*.h, cuda/octet.h). */
+#ifdef __CUDACC__
+#define MKVQ_FN static __host__ __device__ inline
+#define MKVQ_BODY static __device__
+#define MKVQ_TABLE static __device__ const
+#else
+#define MKVQ_FN static inline
+#define MKVQ_BODY static
+#define MKVQ_TABLE static const
+#endif
+
 #define MKVQ_E5M3_MIN 0x1p-24f
 #define MKVQ_E5M3_MAX 240.0f
 #define MKVQ_E5M3_BIAS 824 /* (127 - 24) << 3: byte + bias are the upper bits of the float */
 
-static inline uint32_t mkvq_bits(float x)
+MKVQ_FN uint32_t mkvq_bits(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u;
 }
 
-static inline float mkvq_float(uint32_t u)
+MKVQ_FN float mkvq_float(uint32_t u)
 {
     float x;
     memcpy(&x, &u, sizeof x);
@@ -28,14 +39,14 @@ static inline float mkvq_float(uint32_t u)
 
 /* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a
  * fraction. */
-static inline float mkvq_round(float x)
+MKVQ_FN float mkvq_round(float x)
 {
     const float magic = 12582912.0f;
     return (x + magic) - magic;
 }
 
 /* ---- float16 and bfloat16 -------------------------------------------------------------------- */
-static inline float mkvq_f16_to_f32(uint16_t h)
+MKVQ_FN float mkvq_f16_to_f32(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
     if (rest >= 0x7c00u) /* infinite or NaN */
@@ -45,7 +56,7 @@ static inline float mkvq_f16_to_f32(uint16_t h)
     return mkvq_float(sign | mkvq_bits((float)rest * 0x1p-24f)); /* subnormal: exact */
 }
 
-static inline uint16_t mkvq_f32_to_f16(float x)
+MKVQ_FN uint16_t mkvq_f32_to_f16(float x)
 {
     const uint32_t u = mkvq_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
     if (a > 0x7f800000u)
@@ -58,12 +69,12 @@ static inline uint16_t mkvq_f32_to_f16(float x)
     return (uint16_t)(sign | ((a + 0xfffu + (a >> 13 & 1u)) - (112u << 23)) >> 13);
 }
 
-static inline float mkvq_bf16_to_f32(uint16_t h)
+MKVQ_FN float mkvq_bf16_to_f32(uint16_t h)
 {
     return mkvq_float((uint32_t)h << 16);
 }
 
-static inline uint16_t mkvq_f32_to_bf16(float x)
+MKVQ_FN uint16_t mkvq_f32_to_bf16(float x)
 {
     const uint32_t u = mkvq_bits(x);
     if ((u & 0x7fffffffu) > 0x7f800000u)
@@ -72,19 +83,19 @@ static inline uint16_t mkvq_f32_to_bf16(float x)
 }
 
 /* Upper half of a positive float, rounded up: a bound that is never too small. */
-static inline uint16_t mkvq_fold_bound(float x)
+MKVQ_FN uint16_t mkvq_fold_bound(float x)
 {
     return (uint16_t)((mkvq_bits(x) + 0xffffu) >> 16);
 }
 
 /* ---- e5m3 scales ----------------------------------------------------------------------------- */
-static inline float mkvq_e5m3_value(uint8_t code)
+MKVQ_FN float mkvq_e5m3_value(uint8_t code)
 {
     return mkvq_float((uint32_t)(code + MKVQ_E5M3_BIAS) << 20);
 }
 
 /* Nearest code of 0 <= x <= 240. */
-static inline uint8_t mkvq_e5m3_code(float x)
+MKVQ_FN uint8_t mkvq_e5m3_code(float x)
 {
     if (!(x > MKVQ_E5M3_MIN))
         return 0;
@@ -93,14 +104,14 @@ static inline uint8_t mkvq_e5m3_code(float x)
 }
 
 /* Unit of an int8 offset: scale * 2^min(bits - 4, 2). */
-static inline float mkvq_offset_unit(float scale, int bits)
+MKVQ_FN float mkvq_offset_unit(float scale, int bits)
 {
     static const float factor[9] = {0, 0.125f, 0.25f, 0.5f, 1.0f, 2.0f, 4.0f, 4.0f, 4.0f};
     return scale * factor[bits];
 }
 
 /* Place of entry i in a one-bit word: see docs/format.md section 3.2. */
-static inline int mkvq_one_bit(int i)
+MKVQ_FN int mkvq_one_bit(int i)
 {
     return 8 * (i % 16 / 4) + 4 * (i / 16) + i % 4;
 }

@@ -14,6 +14,7 @@ const char *mkvq_status_text(mkvq_status status)
     case MKVQ_E_VERSION: return "unsupported record version";
     case MKVQ_E_RECORD: return "damaged record";
     case MKVQ_E_ISA: return "instruction set not available";
+    case MKVQ_E_DEVICE: return "CUDA error";
     }
     return "unknown status";
 }

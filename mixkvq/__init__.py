@@ -8,15 +8,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .config import MixKVQConfig, list_presets
+from .errors import CacheFileError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .attachment import attach, detach
     from .cache import MixKVQCache
+    from .estimates import Estimate, estimate
+    from .fitting import largest_batch, largest_tokens
     from .hook import install, uninstall
 
-__all__ = ["MixKVQCache", "MixKVQConfig", "__version__", "install", "list_presets", "uninstall"]
+__all__ = [
+    "CacheFileError",
+    "Estimate",
+    "MixKVQCache",
+    "MixKVQConfig",
+    "__version__",
+    "attach",
+    "detach",
+    "estimate",
+    "install",
+    "largest_batch",
+    "largest_tokens",
+    "list_presets",
+    "uninstall",
+]
 
-_LAZY = {"MixKVQCache": "cache", "install": "hook", "uninstall": "hook"}
+_LAZY = {
+    "Estimate": "estimates",
+    "MixKVQCache": "cache",
+    "attach": "attachment",
+    "detach": "attachment",
+    "estimate": "estimates",
+    "install": "hook",
+    "largest_batch": "fitting",
+    "largest_tokens": "fitting",
+    "uninstall": "hook",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from . import compat
 from .handle import KEYS, VALUES, PackedHandle
 from .identity import Attention, Identity
 from .masks import reveals_padding
+from .operators import waits
 from .proof import SINKS, sink_logits
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ class Agreement:
     def covers_mask(self, mask: torch.Tensor, starts: tuple[int, ...], columns: int) -> bool:
         """Whether a mask is one as before over at least these columns, and hides all padding.
 
+        What it hides is not looked at where that would wait for a device: padding is not stored and stays hidden, and
+        the call that is agreed about was looked at.
+
         Parameters
         ----------
         mask : tensor
@@ -132,7 +136,7 @@ class Agreement:
             return True  # another layer has asked
         if kind is None or mask.dim() != 4 or (mask.shape[:3], mask.dtype) != kind or mask.shape[3] < columns:
             return False
-        if any(starts) and reveals_padding(mask, starts):
+        if any(starts) and not waits(mask) and reveals_padding(mask, starts):
             return False
         _latest = weakref.ref(mask), columns, kind, starts
         return True

@@ -6,28 +6,34 @@ import functools
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from . import compat, reasons
+from . import compat, parallel, reasons
 from .arrays import precision_code
 from .calibration import Calibration
 from .config import MixKVQConfig
+from .fingerprint import ModelRecord
 from .handle import Handles, PackedHandle
 from .hook import TAG, Tag, install
 from .layer import NATIVE, MixKVQLayer
-from .linear import LinearStates, move_states
+from .linear import move_states
+from .loading import SavedFor
+from .mask_sizes import MaskSizes
+from .placement import placed
 from .report import LayerReport, Ledger, Report, held_bytes, tensors_in
+from .saved import Saved
 from .states import check_states
 
 if compat.HybridLayer is not None:
     from .linear import MixKVQHybridLayer
 
 
-class MixKVQCache(LinearStates, DynamicCache):
+class MixKVQCache(Saved, MaskSizes, DynamicCache):
     """A key/value cache in mixed precision (arXiv 2512.19206), read by packed kernels, in the place of `DynamicCache`.
 
     Parameters
@@ -43,8 +49,11 @@ class MixKVQCache(LinearStates, DynamicCache):
         What ``mixkvq calibrate`` found for this model: fields that replace the preset's, for all or for single layers.
     precision : {"default", "exact", "fast"}
         Of attention: see `ops.attend`. Where everything is stored as it is (``lossless``) always "exact".
+    offload : bool
+        Keep packed records of layers on a CUDA device in pinned host memory, which the kernels read over the bus: room
+        for longer texts, at the speed of the bus. Layers on the CPU are as without.
     offloading : bool
-        As in `DynamicCache`, but only False: packed records stay on the model's device.
+        As in `DynamicCache`, but only False: no layer is moved to and fro.
     **overrides
         Fields of `MixKVQConfig` that replace the preset's and the calibration's, such as ``sink_length=8``.
 
@@ -56,6 +65,12 @@ class MixKVQCache(LinearStates, DynamicCache):
         For an unknown preset, a field outside its allowed set, or a calibration that is none or is for another preset
         or model. The model is checked at once with ``config``, else in the first attention call; if that cannot be
         seen, the second `update` asks for ``config``. The cache is empty then.
+
+    Notes
+    -----
+    One thread at a time. After a forward pass that broke off, by an error or Ctrl-C, `crop` back to the length before
+    makes the cache whole; until then the next pass is refused with a RuntimeError that says so, or that only `reset`
+    helps: docs/faults.md. Every other change happens wholly or not at all.
 
     Examples
     --------
@@ -72,14 +87,15 @@ class MixKVQCache(LinearStates, DynamicCache):
         config: Any = None,
         calibration: str | Path | Calibration | None = None,
         precision: str = "default",
+        offload: bool = False,
         offloading: bool = False,
         **overrides: Any,
     ) -> None:
         compat.warn_if_unknown()
         if offloading:
             raise ValueError(
-                f"offloading is {offloading!r}, must be False: the packed records of a MixKVQCache stay on the model's "
-                "device, where they take a fraction of the memory"
+                f"offloading is {offloading!r}, must be False: the layers of a MixKVQCache are not moved to and fro; "
+                "offload=True keeps the packed records of layers on a CUDA device in host memory"
             )
         if ddp_cache_data is None and isinstance(preset, Iterable) and not _says_how(preset):
             preset, ddp_cache_data = "default", preset
@@ -94,18 +110,21 @@ class MixKVQCache(LinearStates, DynamicCache):
             self._layer_configs = self.calibration.layer_configs(base, overrides)
         precision_code(precision)
         self.precision = precision
-        self.ledger = Ledger()
+        self.ledger, self.placement = Ledger(), placed(offload)
         self._model_config = config
+        self.model_record: ModelRecord | None = None
+        self._saved_for: SavedFor | None = None  # from a file, and no model was seen since
         self._learned = self._record_past = False
+        self._met = False  # the model that asks, which only matters to several processes
         self._foreign: dict[int, int] = {}  # bytes of transformers' own layers, by index
         self._last = -1  # layer of the last update that was not short
         self._awaiting = False  # whether the hook must see its attention
         self._handles = Handles()
-        factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger, precision)
+        self._no_pass()
+        factory = functools.partial(MixKVQLayer, self.mixkvq_config, self.ledger, precision, self.placement)
         Cache.__init__(self, layer_class_to_replicate=factory)  # type: ignore[arg-type]
         if config is not None:
-            self._check_model(config)
-            self._lay_out(config)
+            self._take_config(config)
         install()
         if ddp_cache_data is not None:
             self._fill(ddp_cache_data)
@@ -129,10 +148,14 @@ class MixKVQCache(LinearStates, DynamicCache):
         ------
         TypeError, ValueError, IndexError
             Naming the argument; the cache is unchanged then.
+        RuntimeError
+            If another thread uses the cache, or a forward pass broke off that must be undone first.
         """
         if is_compiling():
             compiled: tuple[Any, Any] = self._update_outside_graph(key_states, value_states, layer_idx)
             return compiled
+        if get_ident() != self._runner:
+            self._join()
         if not self._awaiting and type(layer_idx) is int and 0 <= layer_idx < len(self.layers):
             layer: Any = self.layers[layer_idx]
             if isinstance(layer, MixKVQLayer) and (pair := layer.extend(key_states, value_states, self._handles)):
@@ -143,8 +166,8 @@ class MixKVQCache(LinearStates, DynamicCache):
         self._last, self._awaiting = layer_idx, ours and layer.waiting
         if not ours:
             self._account_foreign(layer_idx)
-        if type(keys) is not PackedHandle and (not self._learned or (ours and layer.mode != NATIVE)):
-            tag = Tag(self, layer_idx, layer.epoch if ours else 0)
+        if type(keys) is not PackedHandle and (self._open or (ours and layer.mode != NATIVE)):
+            tag = Tag(self, layer_idx, layer.epoch if ours else 0, ours and layer.store is not None)
             keys, values = keys.view_as(keys), values.view_as(values)  # neither the caller's tensors nor the layer's
             setattr(keys, TAG, tag)
             setattr(values, TAG, tag)
@@ -157,13 +180,15 @@ class MixKVQCache(LinearStates, DynamicCache):
             raise TypeError(f"layer_idx is {layer_idx!r}, must be an int") from None
         if index < 0:
             raise IndexError(f"layer_idx is {index}, must be 0 or more")
-        if self._last >= 0 and not self._learned:
+        if self._last >= 0 and self._open:
             self._check_model(None)  # the attention of the first layer was not seen
-            self._learned = index <= self._last  # another forward pass: its masks are made for these layers
+            self._learned |= index <= self._last  # another forward pass: its masks are made for these layers
         if self._last not in (index, -1) and self._last < len(self.layers):
             previous = self.layers[self._last]  # its attention has run by now
             if isinstance(previous, MixKVQLayer) and previous.waiting:
                 previous.overlooked()
+        if index >= len(self.layers) or not getattr(self.layers[index], "length", 1):
+            self._check_first_tokens(index, key)
         if index >= len(self.layers):
             if self.layer_class_to_replicate is None:
                 raise IndexError(
@@ -198,7 +223,7 @@ class MixKVQCache(LinearStates, DynamicCache):
         return self._layer_configs.get(index, self.mixkvq_config)
 
     def _new_layer(self, index: int) -> MixKVQLayer:
-        layer = MixKVQLayer(self._config_of(index), self.ledger, self.precision)
+        layer = MixKVQLayer(self._config_of(index), self.ledger, self.precision, self.placement)
         layer.index = index
         self._recording(layer)
         return layer
@@ -223,7 +248,7 @@ class MixKVQCache(LinearStates, DynamicCache):
     # ---- the layout ------------------------------------------------------------------------------------------------
     def layer_of_call(self, index: int, module: Any) -> Any:
         """The layer that an attention call belongs to; the first call tells the layout (see `hook`)."""
-        if not self._learned:
+        if self._open:
             config = getattr(module, "config", None)
             self._check_model(config)
             if config is not None:
@@ -231,21 +256,38 @@ class MixKVQCache(LinearStates, DynamicCache):
             self._learned = True
         return self.layers[index]
 
+    @property
+    def _open(self) -> bool:
+        """Whether an attention call must tell which model this is."""
+        return not self._learned or self._saved_for is not None
+
+    def _take_config(self, config: Any) -> None:
+        """Take the model's configuration from the caller."""
+        self._model_config = config
+        self._check_model(config)
+        self._lay_out(config)
+
     def _check_model(self, config: Any) -> None:
-        """Refuse a model that the calibration is not for, and be empty again."""
-        if self.calibration is None:
-            return
+        """Refuse a model that calibration or file are not for, or whose heads cannot be spread; and be empty again."""
         try:
-            if config is None:
-                raise ValueError(
-                    "calibration cannot be checked: the model's attention does not tell its configuration; pass "
-                    "MixKVQCache(..., config=model.config)"
-                )
-            self.calibration.check_model(config)
+            if config is not None:
+                layers = (self.mixkvq_config, *self._layer_configs.values())
+                parallel.check_tensor_parallel(config, {layer.allocate for layer in layers})
+            if self._saved_for is not None:
+                self._saved_for.check(config)
+                self._saved_for = None
+            if self.calibration is not None:
+                if config is None:
+                    raise ValueError(
+                        "calibration cannot be checked: the model's attention does not tell its configuration; pass "
+                        "MixKVQCache(..., config=model.config)"
+                    )
+                self.calibration.check_model(config)
         except (TypeError, ValueError):
             self._model_config = None
             self.reset()
             raise
+        self.model_record = ModelRecord.of(config) if hasattr(config, "get_text_config") else None
 
     def _lay_out(self, config: Any) -> None:
         """Let transformers lay the model out and take over the layers that are exactly growing full attention."""
@@ -256,6 +298,8 @@ class MixKVQCache(LinearStates, DynamicCache):
             if given:
                 raise
             return  # a configuration that cannot be read: full attention in every layer is right, if not thrifty
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        self._apart = frozenset(getattr(text, "cross_attention_layers", None) or ())
         for index, theirs in enumerate(layout):
             have = self.layers[index] if index < len(self.layers) else None
             layer = self._choose(index, have, theirs)
@@ -279,7 +323,7 @@ class MixKVQCache(LinearStates, DynamicCache):
                 return have
             states = getattr(theirs, "number_of_states", 1)
             new = MixKVQHybridLayer(self._config_of(index), self.ledger, self.precision, states)
-            new.index = index
+            new.index, new.placement = index, self.placement
             if have is not None:
                 new.__dict__.update(have.__dict__)
             return self._recording(new)
@@ -292,27 +336,6 @@ class MixKVQCache(LinearStates, DynamicCache):
             theirs.update(*have.decode())
         return theirs
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen; of the first layer with keys when layer 0 has none (it may turn out to be a linear layer)."""
-        first = self.layers[0] if self.layers else None
-        if layer_idx == 0 and isinstance(first, MixKVQLayer) and not first.length:
-            lengths = (layer.get_seq_length() for layer in self.layers if hasattr(layer, "get_seq_length"))
-            return next((n for n in lengths if n), 0)
-        return 0 if self._unknown(layer_idx) else int(super().get_seq_length(layer_idx))
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Columns of a layer's mask for this many new queries, and the first column."""
-        if self._unknown(layer_idx):
-            return compat.query_length(query_length), 0
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        return sizes
-
-    def _unknown(self, layer_idx: int) -> bool:
-        """Whether a layer with a linear state may turn out to have keys too, which its first attention call tells."""
-        if self._learned or not self._is_linear(layer_idx) or isinstance(self.layers[layer_idx], CacheLayerMixin):
-            return False
-        return layer_idx > 0 or not any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
-
     # ---- the whole cache -------------------------------------------------------------------------------------------
     def activate_past_recording(self) -> None:
         """Expect a rollback after every call, in layers made later too: assisted decoding asks before there is one."""
@@ -321,14 +344,17 @@ class MixKVQCache(LinearStates, DynamicCache):
             self._recording(layer)
 
     def reset(self) -> None:
-        """Forget everything; the layout is learned again."""
+        """Forget everything; layout and model are learned again."""
         for layer in self.layers:
             if isinstance(layer, MixKVQLayer):
                 layer.reset()
         self.ledger.change(sum(self._foreign.values()), 0)
         self.layers, self._foreign, self._learned, self._last, self._awaiting = [], {}, False, -1, False
-        self._handles = Handles()
-        if self._model_config is not None:
+        self._met, self._handles, self._saved_for = False, Handles(), None
+        self._no_pass()
+        if self._model_config is None:
+            self.model_record = None
+        else:
             self._lay_out(self._model_config)
 
     def reset_peak(self) -> None:
@@ -351,16 +377,17 @@ class MixKVQCache(LinearStates, DynamicCache):
             else:
                 layers.append(_foreign_report(index, layer, held))
             tensors += held
-        nbytes = held_bytes(tensors)
+        workspaces = self.placement.workspaces.tensors()
+        nbytes = held_bytes([*tensors, *workspaces])
         name = self.mixkvq_config.name if self.calibration is None else f"{self._base_name} (calibrated)"
-        return Report(name, layers, nbytes, max(nbytes, self.ledger.peak))
+        return Report(name, layers, nbytes, max(nbytes, self.ledger.peak + held_bytes(workspaces)))
 
 
 def _foreign_report(index: int, layer: Any, held: list[torch.Tensor]) -> LayerReport:
     """A layer that transformers made."""
     states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     length = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
-    elements = sum(t.numel() for t in (states or held))
+    elements = sum(t.numel() for t in (states if hasattr(layer, "keys") else held))
     why = reasons.transformers_layer(
         type(layer).__name__,
         window=getattr(layer, "sliding_window", None),

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import strict_json
 from .config import MixKVQConfig
 from .fingerprint import fingerprint
 
 VERSION = 1
 MAX_BYTES = 1 << 20
+MAX_LAYERS = 4096
+"""A configuration takes 2 kB of memory and, in a hostile file, 2 bytes of JSON."""
 _SCHEDULE = ("sink_length", "residual_length", "block_length")
 _INDEX = re.compile("0|[1-9][0-9]{0,5}")
 _NAMES = frozenset(f.name for f in dataclasses.fields(MixKVQConfig))
@@ -133,7 +136,7 @@ class Calibration:
         ValueError, TypeError
             For another version, or what is no calibration.
         """
-        data = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        data = strict_json.parse(text)
         if not isinstance(data, dict):
             raise ValueError(f"a calibration in JSON is an object, not {text[:40]!r}")
         if type(data.get("version")) is not int or data["version"] != VERSION:
@@ -146,7 +149,9 @@ class Calibration:
             )
         layers = data["layers"]
         if not isinstance(layers, dict):
-            raise TypeError(f"layers is {layers!r}, must be an object")
+            raise TypeError(f"layers is {layers!r:.80}, must be an object")
+        if len(layers) > MAX_LAYERS:
+            raise ValueError(f"layers has {len(layers)} entries, must have {MAX_LAYERS} at most")
         for key in layers:
             if not _INDEX.fullmatch(key):
                 raise ValueError(f"layers has the index {key!r}, must be whole numbers from 0")
@@ -202,19 +207,6 @@ def _check_fields(where: str, fields: Any) -> None:
     for name in fields:
         if name not in _NAMES:
             raise ValueError(f"{where} has the unknown field {name!r}; known: {', '.join(sorted(_NAMES))}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; the same name twice would leave open which one counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def _frozen(value: Any) -> Any:

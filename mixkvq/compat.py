@@ -60,6 +60,10 @@ def gguf_arguments() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
+RUNS_WITHOUT_NUMBERS = VERSION >= (5, 0)
+"""Whether models run on torch's meta device; before, rotary embeddings asked it for autocast, which it has not."""
+
+
 LinearMixin: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
 """Base of layers with a convolution or recurrent state."""
 
@@ -73,6 +77,21 @@ IndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 
 HybridLayer: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 """A layer with both a linear state and keys and values."""
+
+
+def layer_classes() -> dict[str, Any]:
+    """Layers of transformers' own that a model may be laid out with, by name."""
+    names = (
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "DynamicIndexedLayer",
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    )
+    return {name: getattr(cache_utils, name) for name in names if hasattr(cache_utils, name)}
+
 
 try:  # models that record attention weights by hooks, not by an argument (5.x)
     from transformers.utils.output_capturing import _active_collector as _collector

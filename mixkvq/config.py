@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -217,11 +218,14 @@ class MixKVQConfig:
             high, low = pair
             if not all(isinstance(x, Real) and not isinstance(x, bool) for x in (high, low)):
                 raise TypeError
-            high, low = float(high), float(low)
         except (TypeError, ValueError):
             raise TypeError(f"thresholds is {pair!r}, must be a pair of numbers (high, low)") from None
-        if not (0 <= low <= high < float("inf")):
-            raise ValueError(f"thresholds is ({high}, {low}), must be finite (high, low) with high >= low >= 0")
+        try:
+            high, low = float(high), float(low)
+        except OverflowError:  # an int may be larger
+            high = math.inf
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"thresholds is {pair!r:.80}, must be finite (high, low) with high >= low >= 0")
         return high, low
 
     @classmethod
@@ -251,6 +255,23 @@ class MixKVQConfig:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **self._known(fields))
 
+    def exact_capacity(self, margin: int = 0) -> int:
+        """Tokens of a row that the exact buffers of a packed layer have room for; as many make a block due."""
+        return self.sink_length + self.residual_length + margin
+
+    def due_blocks(self, exact: int, margin: int = 0) -> int:
+        """Blocks to pack of a row that has this many exact tokens.
+
+        Parameters
+        ----------
+        exact : int
+            Sinks and window.
+        margin : int
+            Tokens that stay in the window beyond ``residual_length``.
+        """
+        beyond = exact - self.exact_capacity(margin)
+        return beyond // self.block_length + 1 if beyond >= 0 else 0
+
     @property
     def name(self) -> str:
         """Name of the preset that this configuration equals, or ``"custom"``."""
@@ -263,9 +284,13 @@ class MixKVQConfig:
     @classmethod
     def from_json(cls, text: str) -> MixKVQConfig:
         """Read what `to_json` wrote. Raises as the constructor does."""
-        fields = json.loads(text)
+        return cls.from_json_object(json.loads(text))
+
+    @classmethod
+    def from_json_object(cls, fields: Any) -> MixKVQConfig:
+        """Take what `to_json` wrote, parsed. Raises as the constructor does."""
         if not isinstance(fields, dict):
-            raise ValueError(f"a MixKVQConfig in JSON is an object, not {text[:40]!r}")
+            raise ValueError(f"a MixKVQConfig in JSON is an object, not {str(fields)[:40]!r}")
         return cls(**cls._known(fields))
 
     def codec(self, head_dim: int, dtype: str) -> BlockCodec:

@@ -1,4 +1,4 @@
-"""Errors that the command line prints without a traceback."""
+"""Errors that name what the user can mend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ _EXTRAS = {"optuna": "calibrate", "lm_eval": "eval", "scipy": "bench"}
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the argument or the package and the remedy."""
+    """Something the user can mend, printed without a traceback; the message names argument or package, and remedy."""
+
+
+class CacheFileError(ValueError):
+    """A file that `MixKVQCache.load` cannot take; the message names the file, what is wrong with it and the remedy."""
 
 
 def install_line(extra: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,9 +43,51 @@ def fingerprint(config: Any) -> str:
         ``"<model_type>-<12 hex digits>"``
     """
     text = config.get_text_config(decoder=True)
-    known = {name: getattr(text, name, None) for name in _FIELDS}
+    known = {name: _field(text, name) for name in _FIELDS}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return f"{known['model_type']}-{digest[:12]}"
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a configuration, None if it has none; a list where it differs from layer to layer (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return [getattr(config.per_layer_config[i], name, None) for i in range(config.num_hidden_layers)]
+
+
+_MORE = ("partial_rotary_factor", "rope_local_base_freq", "rotary_dim", "rotary_pct", "qk_rope_head_dim")
+"""What else turns keys, in versions that keep it beside ``rope_parameters``."""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Which model filled a cache.
+
+    Attributes
+    ----------
+    fingerprint : str
+    fields : mapping
+        What it was made from, RoPE settings among them, and what else turns keys; as JSON gives it back.
+    """
+
+    fingerprint: str
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Any) -> ModelRecord:
+        """The record of a transformers.PreTrainedConfig."""
+        text = config.get_text_config(decoder=True)
+        fields = {name: _field(text, name) for name in _FIELDS + _MORE}
+        return cls(fingerprint(config), json.loads(json.dumps(fields, sort_keys=True, default=str)))
+
+    def difference(self, other: ModelRecord) -> str:
+        """The fields that differ, with both values; "" if none does."""
+        names = [name for name in sorted({*self.fields, *other.fields}) if self._of(name) != other._of(name)]
+        return "; ".join(f"{name} {self._of(name)!r:.200} and {other._of(name)!r:.200}" for name in names)
+
+    def _of(self, name: str) -> Any:
+        return self.fields.get(name)
 
 
 def model_name(model: Any) -> str:

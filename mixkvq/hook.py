@@ -46,12 +46,12 @@ _MASK_DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tag:
-    """Attribute of plain tensors that a cache handed out: whose they are."""
+    """Attribute of plain tensors that a cache handed out: whose they are, and whether they were decoded for it."""
 
-    __slots__ = ("cache", "epoch", "index")
+    __slots__ = ("cache", "decoded", "epoch", "index")
 
-    def __init__(self, cache: MixKVQCache, index: int, epoch: int) -> None:
-        self.cache, self.index, self.epoch = weakref.ref(cache), index, epoch
+    def __init__(self, cache: MixKVQCache, index: int, epoch: int, decoded: bool) -> None:
+        self.cache, self.index, self.epoch, self.decoded = weakref.ref(cache), index, epoch, decoded
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copied or unpickled tensor is nobody's
@@ -177,19 +177,7 @@ def _packed_call(call: Call) -> Any:
     refused = call.packed_refusal(layer) if paired else reasons.TORN
     trouble: Reason | None = None
     if refused is None:
-        assert layer.store is not None and layer.proof is not None
-        if reveals_padding(call.mask, layer.store.starts):
-            trouble = reasons.SHOWN_PADDING
-        output = layer.store.attend(
-            call.query,
-            call.mask,
-            scaling=call.arguments.get("scaling"),
-            softcap=call.arguments["softcap"] if layer.proof.softcap else None,
-            sink_logits=sink_logits(call.module, call.arguments) if layer.proof.sinks else None,
-            precision=layer.precision,
-        )
-        result: Any = (output, None)
-        layer.agreement = None if trouble else Agreement.about(call, layer)
+        result, trouble = _by_kernel(call, layer)
     else:
         plain = (
             layer.decode() if paired else (key.decode(), value.decode() if isinstance(value, PackedHandle) else value)
@@ -209,6 +197,21 @@ def _packed_call(call: Call) -> Any:
     return result
 
 
+def _by_kernel(call: Call, layer: MixKVQLayer) -> tuple[Any, Reason | None]:
+    """What a call gets from the kernel, and what is wrong with it."""
+    assert layer.store is not None and layer.proof is not None
+    trouble = reasons.SHOWN_PADDING if reveals_padding(call.mask, layer.store.starts) else None
+    output = layer.attend_in_full(
+        call.query,
+        call.mask,
+        scaling=call.arguments.get("scaling"),
+        softcap=call.arguments["softcap"] if layer.proof.softcap else None,
+        sink_logits=sink_logits(call.module, call.arguments) if layer.proof.sinks else None,
+    )
+    layer.agreement = None if trouble else Agreement.about(call, layer)
+    return (output, None), trouble
+
+
 def _plain_call(tag: Tag, call: Call) -> Any:
     """Keys are plain tensors of a cache: run the original, look at the queries, pack what is due."""
     ours = getattr(call.value, TAG, None) is tag
@@ -221,22 +224,53 @@ def _plain_call(tag: Tag, call: Call) -> Any:
     if cache is None or not ours:
         return result
     layer = cache.layer_of_call(tag.index, call.module)
-    if not isinstance(layer, MixKVQLayer) or layer.epoch != tag.epoch or layer.mode == NATIVE or not layer.waiting:
+    if not isinstance(layer, MixKVQLayer) or layer.epoch != tag.epoch or layer.mode == NATIVE:
         return result
+    if not layer.waiting:  # a module that reads what an earlier one has read
+        return _from_records(call, layer, result, seen=False) if tag.decoded and layer.proof is not None else result
     layer.waiting = False
     if torch.is_grad_enabled() and call.query.requires_grad:
         layer.become_native(reasons.GRADIENTS)
         return result
     if call._query_refusal(layer) is None and (call.mask is None or call._mask_refusal(layer) is None):
         layer.observe(call.query, call.mask)
+    loaded = layer.unproved
     if layer.undecided():
         layer.decide(call.refusal(layer) or _prove(call, result))
         if layer.mode == DEQUANTIZED and not hides_padding(call, result, layer.start):
             layer.keep_padding()
-    fallen = layer.mode == DEQUANTIZED and layer.store is None
+    if loaded and layer.proof is not None:
+        return _from_records(call, layer, result, seen=True)
+    fallen = layer.mode == DEQUANTIZED and (loaded or layer.store is None)
     layer.pack()
     if fallen:  # last: under -W error a warning is an exception
         layer.warn(EVERY_STEP, layer.reason)
+    return result
+
+
+def _from_records(call: Call, layer: MixKVQLayer, result: Any, *, seen: bool) -> Any:
+    """What a call gets whose keys were decoded for a proof: what it would have got from the cache that was saved.
+
+    Parameters
+    ----------
+    call : Call
+    layer : MixKVQLayer
+        Packed, and proved by now.
+    result
+        What the attention function gave with the decoded tensors.
+    seen : bool
+        Whether the layer has observed the call.
+    """
+    refused, trouble = call.packed_refusal(layer), None
+    if refused is None:
+        result, trouble = _by_kernel(call, layer)
+    if not seen and call._query_refusal(layer) is None:
+        layer.observe(call.query, call.mask)
+    layer.pack()
+    if refused:  # last: under -W error a warning is an exception
+        layer.served_decoded(refused)
+    elif trouble:
+        layer.warn("", trouble)
     return result
 
 

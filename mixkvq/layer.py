@@ -1,26 +1,30 @@
 """`MixKVQLayer`: one layer of the cache and the path it takes.
 
 plain        nothing packed yet; the model gets the very tensors that `DynamicCache` would give it
-packed       the model gets handles, the attention hook runs the kernel on the packed records
+packed       the model gets handles, the attention hook runs the kernel on the packed records; from a file: decoded
+             tensors once, so that attention is proved to be what the kernel computes
 dequantized  packed as well, but the model's attention is not what the kernel computes: it gets decoded tensors
 native       full precision for good: training, or keys and values that records cannot hold
 """
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from . import compat, lookup, ops, reasons
+from . import compat, guard, lookup, ops, reasons
 from .agreement import Agreement
 from .arrays import precision_code
 from .assigning import AssignedStates
 from .autograd import outside_autograd
 from .config import MixKVQConfig
+from .guard import NOT_YET, Begun, exclusive, undoing
 from .handle import KEYS, Handles
 from .masks import NO_TOKEN, first_columns
+from .placement import Placement
 from .proof import Proof
 from .queries import QueryStatistics
 from .reasons import Reason
@@ -39,10 +43,10 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     ----------
     config : MixKVQConfig, optional
         Default: the default preset.
-    ledger : Ledger, optional
-        Of the cache it belongs to.
     precision : {"default", "exact", "fast"}
         Of attention, as in `MixKVQCache`.
+    ledger, placement : optional
+        Of the cache it belongs to.
 
     Attributes
     ----------
@@ -50,6 +54,11 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         Of the layer in its cache, which sets it.
     compiled : bool
         Whether a compiled model updates it: the hook sees nothing then.
+    busy : int
+        Which thread changes it (see `guard`), 1 for one on the short path of decoding, 0 for none, -1: it
+        is torn.
+    begun : Begun
+        Its length when the last forward pass began, and whose must be the same (see `passes`).
     decoded_for : Reason or None
         Why its last decoded call was decoded.
     """
@@ -63,18 +72,19 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         config: MixKVQConfig | None = None,
         ledger: Ledger | None = None,
         precision: str = "default",
+        placement: Placement | None = None,
         **_: Any,
     ) -> None:
         self.mixkvq_config = config or MixKVQConfig.preset("default")
         precision_code(precision)
         self.precision = "exact" if self.mixkvq_config.allocate == "exact" else precision
-        self.ledger = ledger or Ledger()
+        self.ledger, self.placement = ledger or Ledger(), placement or Placement()
         self.record_past = self.compiled = False
-        self.epoch = 0
+        self.epoch = self.dequantizations = 0
         self.index: int | None = None
-        self.dequantizations = 0
         self.decoded_for: Reason | None = None
         self._bytes = 0
+        self.busy = 0
         self._clear(reasons.EMPTY)
 
     def _clear(self, reason: Reason) -> None:
@@ -84,15 +94,15 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         self.store: PackedStore | None = None
         self.proof: Proof | None = None
         self.agreement: Agreement | None = None
-        self._token: tuple[torch.Size, torch.dtype] | None = None  # of the last tokens of a packed layer
+        self._token: tuple[torch.Size, torch.dtype, int] | None = None  # of the last ones of a packed layer, and device
         self.queries = QueryStatistics(self.mixkvq_config.salience)
-        self.length = 0
+        self.length, self.begun = 0, NOT_YET
         self.waiting = False  # handed tensors out that the hook has not seen coming back
         self._unseen = False  # overlooked such: what attention computes is open, even if decoded tensors are handed out
         self._unsettled = True  # plain tensors may be views of larger ones, or statistics are not accounted for
         self._k: torch.Tensor | None = None
         self._v: torch.Tensor | None = None
-        self.start: torch.Tensor | None = None  # int64 [B], known once the hook has seen a call
+        self.start: torch.Tensor | None = None  # int64 [B] on the CPU, known once the hook has seen a call
         self._unpadded = False  # whether a call without a mask was seen: every row begins at column 0
         self._account()
 
@@ -123,7 +133,11 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         fix = "if a model asks for it, give the cache that model's layout: MixKVQCache(config=model.config)"
         raise AttributeError(f"{type(self).__name__} has no {name!r}; {fix}", name=name, obj=self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "busy": min(self.busy, 0)}
+
     # ---- growing ---------------------------------------------------------------------------------------------------
+    @exclusive
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +155,9 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         Raises
         ------
         TypeError, ValueError
-            Naming the argument; the layer is unchanged then.
+            Naming the argument; the layer is unchanged then, as after any other error.
+        RuntimeError
+            If another thread uses the layer, or the cache must be reset.
         """
         check_states(key_states, value_states)
         self._check_assigned()
@@ -153,18 +169,24 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         if self.mode != NATIVE and (reason := self._obstacle(key_states, value_states)):
             self.become_native(reason)
         self.epoch += 1
-        self.waiting = self.mode != PACKED
-        self.length += key_states.shape[-2]
         if self.store is None:
             return self._update_plain(key_states, value_states)
-        self.store.flush(self._margin)
-        dtype = self.store.k.dtype
-        if self.store.append(key_states.to(dtype), value_states.to(dtype)):
+        if self.store.flush(self._margin):
             self._account()
-        if self.mode == DEQUANTIZED:
-            return self.decode()
-        self._token = (key_states.shape, dtype) if key_states.dtype == value_states.dtype == dtype else None
-        return Handles().give(self, (*key_states.shape[:2], self.length, key_states.shape[3]), dtype)
+        dtype = self.store.k.dtype
+        waiting = self.mode != PACKED or self.unproved
+        try:
+            if self.store.append(key_states.to(dtype), value_states.to(dtype)):
+                self._account()
+            shape = (*key_states.shape[:2], self.store.length, key_states.shape[3])
+            pair = self.decode() if waiting else Handles().give(self, shape, dtype)
+        except BaseException:
+            self.store.rewind(self.length)
+            raise
+        self.waiting, self.length = waiting, self.store.length
+        alike = key_states.dtype == value_states.dtype == dtype
+        self._token = (key_states.shape, dtype, key_states.get_device()) if alike and not waiting else None
+        return pair
 
     def extend(self, key: torch.Tensor, value: torch.Tensor, handles: Handles) -> tuple[Any, Any] | None:
         """As `update`, if these are tokens like those before and there is nothing to check, to convert or to pack."""
@@ -175,25 +197,39 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             or not type(key) is type(value) is torch.Tensor
             or not key.shape == value.shape == token[0]
             or not key.dtype == value.dtype == token[1]
-            or not key.is_cpu
-            or not value.is_cpu
+            or not key.get_device() == value.get_device() == token[2]
             or (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
-            or not store.extend(key, value, self._margin)
         ):
             return None
-        self.epoch += 1
-        self.length = store.length
-        (batch, heads, _, dim), dtype = token
-        return handles.give(self, (batch, heads, self.length, dim), dtype)
+        if self.busy:
+            raise guard.refusal(self)
+        self.busy = 1  # no other thread runs between the question and this
+        try:
+            if not store.extend(key, value, self._margin):
+                self.busy = 0
+                return None
+            self.epoch += 1
+            (batch, heads, _, dim), dtype, _ = token
+            pair = handles.give(self, (batch, heads, store.length, dim), dtype)
+            self.length = store.length
+        except BaseException:
+            store.rewind(self.length)
+            self.busy = guard.BROKEN if store.torn else 0
+            raise
+        self.busy = 0
+        return pair
 
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
             # copies: the caller may use its tensors again
-            self._k, self._v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
+            k, v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
+            length = self.length + key.shape[-2]
+            self._k, self._v, self.waiting, self.length, self._unsettled = k, v, True, length, True
             self._account()
-            self._unsettled = True
             return key, value
-        self._k, self._v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)
+        k, v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)
+        length = self.length + key.shape[-2]
+        self._k, self._v, self.waiting, self.length = k, v, True, length
         if self._unsettled:
             self._account()
         else:
@@ -233,13 +269,13 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         if self.length >= self._threshold and last == NO_TOKEN:
             return reasons.NO_REAL_TOKEN
         if self.length - first < self._threshold:
-            return reasons.waiting(self.mixkvq_config.sink_length + self.mixkvq_config.residual_length)
+            return reasons.waiting(self.mixkvq_config.exact_capacity())
         return None
 
     @property
     def _threshold(self) -> int:
         """Tokens of a row from which on it has a block to pack."""
-        return self.mixkvq_config.sink_length + self.mixkvq_config.residual_length + self._margin
+        return self.mixkvq_config.exact_capacity(self._margin)
 
     @property
     def _margin(self) -> int:
@@ -251,21 +287,29 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
         Unless no attention may have run at all: who fills a cache by `update` need not compute with what comes back.
         """
-        fallen = self.mode == PLAIN and self.waiting and self.ready()
-        if fallen:
+        if fallen := self.waiting and (self.unproved or (self.mode == PLAIN and self.ready())):
             blind = reasons.COMPILED if self.compiled else lookup.blindness()
-            fallen = self._unseen or blind != reasons.INVISIBLE
-            self._unseen = True
-            self.mode, self.reason = (DEQUANTIZED, blind) if fallen else (PLAIN, reasons.FILLED)
+            fallen, self._unseen = self._unseen or blind != reasons.INVISIBLE, True
+            if fallen:
+                self.mode, self.reason = DEQUANTIZED, blind
+            elif self.mode == PLAIN:
+                self.reason = reasons.FILLED
         if self.mode == DEQUANTIZED and self.waiting:
             self.pack()
         self.waiting = False
         if fallen:  # last: under -W error a warning is an exception
             self.warn(EVERY_STEP, self.reason)
 
+    @property
+    def unproved(self) -> bool:
+        """Whether its records come from a file, and no attention call was seen since."""
+        return self.mode == PACKED and self.proof is None
+
     def undecided(self) -> bool:
         """Whether an attention call that is seen must tell the path: now, or after all."""
-        return self.ready() if self.mode == PLAIN else self.mode == DEQUANTIZED and self._unseen
+        if self.mode == PLAIN:
+            return self.ready()
+        return self.unproved or (self.mode == DEQUANTIZED and self._unseen)
 
     def decide(self, verdict: Proof | Reason | None) -> None:
         """Choose the path by what `proof.prove` found."""
@@ -303,6 +347,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         if fallen:
             self.warn("went from packed to full precision: ", reason)
 
+    @exclusive
     def observe(self, query: torch.Tensor, mask: torch.Tensor | None) -> None:
         """See one attention call: where rows begin, and what their queries look like.
 
@@ -320,13 +365,21 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             self.start = start if self.start is None else torch.minimum(self.start, start)
             past = self.length - query.shape[2]
             if bool((self.start > past).any()):
-                first = (self.start - past).clamp(0, query.shape[2])
+                first = (self.start - past).clamp(0, query.shape[2]).to(keys.device)
         if query.shape[0] == keys.shape[0] and query.shape[1] % keys.shape[1] == 0 and query.shape[3] == keys.shape[3]:
             self._unsettled |= self.queries.sum is None
             self.queries.add(query, keys.shape[1], first)
 
+    @exclusive
     def pack(self) -> None:
-        """Pack what is due; let go of memory that belongs to the model."""
+        """Pack what is due, if there is memory; let go of memory that belongs to the model."""
+        try:
+            self._pack()
+        except Exception as error:  # the next update tries again
+            if not guard.lacks_memory(error):
+                raise
+
+    def _pack(self) -> None:
         if self.store is not None:
             if self.store.flush(self._margin):
                 self._account()
@@ -341,14 +394,14 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
     def _begin(self) -> None:
         k, v = self.states
-        start = torch.zeros(k.shape[0], dtype=torch.int64) if self.start is None else self.start
+        start = k.new_zeros(k.shape[0], dtype=torch.int64) if self.start is None else self.start.to(k.device)
         codec, dtype = codec_of(self.mixkvq_config, k, v), common_dtype(k, v)
-        self.store = PackedStore.begin(
-            self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin
+        store = PackedStore.begin(
+            self.mixkvq_config, codec, k.to(dtype), v.to(dtype), start, self.queries, self._margin, self.placement
         )
-        self._dtypes = k.dtype, v.dtype
-        self._k = self._v = self.start = None
-        self.store.passing += held_bytes((k, v))
+        store.passing += held_bytes((k, v))
+        dtypes = k.dtype, v.dtype
+        self.store, self._dtypes, self._k, self._v, self.start = store, dtypes, None, None, None
         self._account()
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -358,22 +411,41 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         """Serve a call that agrees with an earlier one, [B, 1, Q, D]; see its queries and pack what is due."""
         store = self.store
         assert store is not None
-        output = ops.attend(
-            store.core(),
-            query,
-            mask,
-            False,
-            agreement.scaling,
-            agreement.softcap or 0.0,
-            sinks,
-            self.precision,
-            True,
-        )
-        self.queries.whole += agreement.group
-        if store.flush(self._margin):
-            self._account()
+        if self.busy:
+            raise guard.refusal(self)
+        self.busy, whole = 1, self.queries.whole + agreement.group
+        try:
+            output = ops.attend(
+                store.core(),
+                query,
+                mask,
+                False,
+                agreement.scaling,
+                agreement.softcap or 0.0,
+                sinks,
+                self.precision,
+                True,
+            )
+            self.queries.whole = whole
+            try:
+                if store.flush(self._margin):
+                    self._account()
+            except Exception as error:  # as in `pack`
+                if not guard.lacks_memory(error):
+                    raise
+        except BaseException:
+            self.busy = guard.BROKEN if store.torn else 0
+            raise
+        self.busy = 0
         return output
 
+    @exclusive
+    def attend_in_full(self, query: torch.Tensor, mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
+        """Attention by the kernel, as `PackedStore.attend`."""
+        assert self.store is not None
+        return self.store.attend(query, mask, precision=self.precision, **arguments)
+
+    @exclusive
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as ordinary tensors [B, H, N, D]."""
         if self.store is None:
@@ -384,6 +456,9 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     # ---- shortening and moving -------------------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget all tokens."""
+        if self.busy not in (0, get_ident(), guard.BROKEN):
+            raise guard.refusal(self)
+        self.busy = max(self.busy, 0)
         self.epoch += 1
         self._clear(reasons.EMPTY)
 
@@ -393,11 +468,12 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
     @outside_autograd
     def _crop_plain(self, keep: int) -> None:
-        k, v = self.states
-        self._k, self._v = k[..., :keep, :].clone(), v[..., :keep, :].clone()
+        self._k, self._v = (t[..., :keep, :].clone() for t in self.states)
         if self.start is not None:
             self.start = torch.where(self.start >= keep, NO_TOKEN, self.start)
 
+    @exclusive
+    @undoing
     def crop(self, tokens_to_remove: Any) -> None:
         """Remove tokens from the end; the argument is that of the installed transformers.
 
@@ -406,8 +482,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         ValueError
             For a positive number, from transformers 5.20 on.
         """
-        keep = compat.crop_target(self.length, tokens_to_remove)
-        if keep < self.length:
+        if (keep := compat.crop_target(self.length, tokens_to_remove)) < self.length:
             self.epoch += 1
             if keep == 0:
                 self._clear(reasons.EMPTIED)
@@ -416,12 +491,17 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
                 self._crop_plain(keep)
             else:
                 self.store.crop(keep)
-            self.length = keep
+            self.length, self.begun = keep, Begun(keep, None)
             self._account()
+
+    def rolled_back(self) -> None:
+        """All layers are cropped: no margin is needed until the next pass. What is packed now cannot be undone."""
         if self.record_past and self.mode in (PACKED, DEQUANTIZED):
-            self.record_past = False  # the rollback is done: no margin needed
-            self.pack()
-            self.record_past = True
+            self.record_past = False
+            try:
+                self.pack()
+            finally:
+                self.record_past = True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows ``beam_idx``, in this order."""
@@ -430,23 +510,25 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times; the copies share its records."""
         if self.length:
-            self._gather(torch.arange(self.states[KEYS].shape[0]).repeat_interleave(repeats))
+            self._gather(torch.arange(self.states[KEYS].shape[0], device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Any) -> None:
         """Only the rows ``indices``: integers, a mask, a slice, or one integer for a batch of one row."""
         if self.length:
-            rows = torch.arange(self.states[KEYS].shape[0], device=self.states[KEYS].device)
+            device = indices.device if isinstance(indices, torch.Tensor) else "cpu"
+            rows = torch.arange(self.states[KEYS].shape[0], device=device)
             self._gather(rows[list(indices) if isinstance(indices, (tuple, range)) else indices].flatten())
 
+    @exclusive
+    @undoing
     def _gather(self, rows: torch.Tensor) -> None:
         if not self.length:
             return
-        states = self.states[KEYS]
-        rows = rows.to(states.device, torch.int64)
+        states, rows = self.states[KEYS], rows.to(torch.int64)
         batch = states.shape[0]
         if len(rows) and not -batch <= int(rows.min()) <= int(rows.max()) < batch:
             raise IndexError(f"batch index {rows.tolist()}, must be in 0 to {batch - 1}")
-        rows = rows % batch
+        rows = (rows % batch).to(states.device)
         self.epoch += 1
         self.agreement = self._token = None
         if self.store is not None:
@@ -454,13 +536,13 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         else:
             k, v = self.states
             self._k, self._v = k.index_select(0, rows), v.index_select(0, rows)
-            self.start = None if self.start is None else self.start.index_select(0, rows)
+            self.start = None if self.start is None else self.start[rows.cpu()]
             self.queries.gather(rows)
         self._account()
 
     def offload(self) -> None:
         """Raise NotImplementedError."""
-        raise NotImplementedError("MixKVQCache does not offload layers; its packed records stay on the model's device")
+        raise NotImplementedError("MixKVQCache moves no layers; offload=True keeps records of CUDA layers on the host")
 
     prefetch = offload
 

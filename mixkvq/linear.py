@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from . import compat
 from .layer import MixKVQLayer
+from .passes import Passes
 from .report import tensors_in
+
+LATE_STATES = ("conv_kernel_size", "max_batch_size")
+"""Attributes that some versions of transformers set with the first state."""
+
+LINEAR_STATES = tuple(
+    name
+    for name in dict.fromkeys((*(vars(compat.LinearLayer()) if compat.LinearLayer is not None else ()), *LATE_STATES))
+    if name not in ("dtype", "device", "record_past")
+)
+"""Attributes by which a layer has a linear state."""
 
 if compat.HybridLayer is not None:
 
@@ -40,12 +50,18 @@ if compat.HybridLayer is not None:
             compat.LinearLayer.reset(self)
 
         def crop(self, tokens_to_remove: Any) -> None:
-            compat.LinearLayer.crop(self, tokens_to_remove)  # this one may refuse
+            if next(iter(tensors_in([self.conv_states, self.recurrent_states])), None) is not None:
+                compat.LinearLayer.crop(self, tokens_to_remove)  # this one may refuse
             MixKVQLayer.crop(self, tokens_to_remove)
 
-        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            MixKVQLayer.reorder_cache(self, beam_idx)
-            compat.LinearLayer.reorder_cache(self, beam_idx)
+        reorder_cache = MixKVQLayer.reorder_cache
+
+        def _gather(self, rows: torch.Tensor) -> None:
+            """Rows of keys, values and states; transformers' class forgets the states when rows are selected."""
+            MixKVQLayer._gather(self, rows)
+            state = next(iter(tensors_in([self.conv_states, self.recurrent_states])), None)
+            if state is not None:
+                compat.LinearLayer.reorder_cache(self, rows.to(torch.int64) % len(state))
 
         def tensors(self) -> list[torch.Tensor]:
             return [*MixKVQLayer.tensors(self), *tensors_in([self.conv_states, self.recurrent_states])]
@@ -63,7 +79,7 @@ def move_states(old: Any, new: Any) -> None:
             setattr(old, name, nothing)
 
 
-class LinearStates(Cache):
+class LinearStates(Passes):
     """The part of a cache that serves linear and indexed layers; `MixKVQCache` has the rest."""
 
     def _new_layer(self, index: int) -> MixKVQLayer:
@@ -87,7 +103,7 @@ class LinearStates(Cache):
         old = self.layers[layer_idx]
         fresh = self._new_layer(layer_idx)
         new = MixKVQHybridLayer(fresh.mixkvq_config, fresh.ledger, fresh.precision, number_of_states)
-        new.index = layer_idx
+        new.index, new.placement = layer_idx, fresh.placement
         keep = dict(vars(old))
         if not isinstance(old, MixKVQLayer):  # dtype and device are those of keys and values, which come now
             keep = {name: value for name, value in keep.items() if name not in ("dtype", "device", "is_initialized")}
@@ -104,21 +120,28 @@ class LinearStates(Cache):
                 self._to_hybrid(layer_idx, state_idx + 1)
             else:  # exactly this class: a hybrid would be asked for mask sizes
                 new = compat.LinearLayer(**compat.state_arguments(state_idx + 1))
-                new.record_past = getattr(have, "record_past", False)
+                if hasattr(new, "record_past"):  # not in old transformers
+                    new.record_past = getattr(have, "record_past", False)
                 self.layers[layer_idx] = new
         compat.ensure_states(self.layers[layer_idx], state_idx + 1)
 
     def update_conv_state(self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
         """As in `Cache`."""
+        self._check_state(layer_idx, "conv", state_idx)
         self._linear_layer(layer_idx, state_idx)
         index = {"state_idx": state_idx} if state_idx else {}
-        return super().update_conv_state(conv_states, layer_idx, **index, **kwargs)
+        state = super().update_conv_state(conv_states, layer_idx, **index, **kwargs)
+        self._changed_state(layer_idx, "conv", state_idx)
+        return state
 
     def update_recurrent_state(self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
         """As in `Cache`."""
+        self._check_state(layer_idx, "recurrent", state_idx)
         self._linear_layer(layer_idx, state_idx)
         index = {"state_idx": state_idx} if state_idx else {}
-        return super().update_recurrent_state(recurrent_states, layer_idx, **index, **kwargs)
+        state = super().update_recurrent_state(recurrent_states, layer_idx, **index, **kwargs)
+        self._changed_state(layer_idx, "recurrent", state_idx)
+        return state
 
     def update_indexer(self, indexer_key_states: Any, layer_idx: int) -> Any:
         """As in `Cache`: the keys by which sparse attention chooses tokens. Such a layer stays transformers' own."""

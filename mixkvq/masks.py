@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
+
+from .operators import waits
 
 NO_TOKEN = 1 << 62
 """Start of a row that has no real token yet."""
@@ -31,11 +36,17 @@ def first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.
 
     Returns
     -------
-    int64 tensor [B]
+    int64 tensor [B], on the CPU
         `NO_TOKEN` where there is none.
     """
+    global _latest
     if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
+        return torch.zeros(batch, dtype=torch.int64, device="cpu")
+    kept = waits(mask) and not mask.is_inference()  # of which no changes are counted
+    asked = batch, columns, mask._version if kept else None
+    latest, was_asked, known = _latest  # at once: there may be other threads
+    if kept and latest() is mask and was_asked == asked:
+        return known.clone()
     first = []
     for row in mask.expand(batch, -1, -1, -1)[..., :columns]:
         seen = allowed(row[:, -1]).any(0)
@@ -44,7 +55,14 @@ def first_columns(mask: torch.Tensor | None, batch: int, columns: int) -> torch.
             earlier = allowed(row[:, :, :bound]).any(0).any(0)
             bound = int(earlier.int().argmax()) if bool(earlier.any()) else bound
         first.append(bound if bound < columns else NO_TOKEN)
-    return torch.tensor(first, dtype=torch.int64)
+    found = torch.tensor(first, dtype=torch.int64, device="cpu")
+    if kept:
+        _latest = weakref.ref(mask), asked, found
+    return found
+
+
+_latest: tuple[Any, Any, torch.Tensor] = (lambda: None, None, torch.empty(0, device="cpu"))
+"""The mask on a device that was read last, and what was found: all layers of a step get the same."""
 
 
 def reveals_padding(mask: torch.Tensor | None, starts: tuple[int, ...]) -> bool:
@@ -60,11 +78,12 @@ def reveals_padding(mask: torch.Tensor | None, starts: tuple[int, ...]) -> bool:
     if padding == 0 or mask is None:
         return padding > 0
     seen = allowed(mask[..., :padding]).flatten(1, 2).any(1)
-    return bool((seen & (torch.arange(padding) < torch.tensor(starts).view(-1, 1))).any())
+    column = torch.arange(padding, device=mask.device)
+    return bool((seen & (column < torch.tensor(starts, device=mask.device).view(-1, 1))).any())
 
 
-def rows_that_see(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor:
+def rows_that_see(mask: torch.Tensor | None, batch: int, keys: int, device: torch.device) -> torch.Tensor:
     """Rows (bool [B]) whose last query may attend to at least this many keys, in every head."""
     if mask is None:
-        return torch.ones(batch, dtype=torch.bool)
+        return torch.ones(batch, dtype=torch.bool, device=device)
     return (allowed(mask[:, :, -1]).sum(-1).amin(1) >= keys).expand(batch)

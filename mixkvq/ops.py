@@ -1,23 +1,28 @@
 """The core's verbs on torch tensors.
 
-Eager calls go straight to `mixkvq._core` with addresses and strides: no copy, no dispatcher. Under ``torch.compile``
-the same functions call the operators ``torch.ops.mixkvq.*``. The core's loops run in torch's intra-op pool
-(`mixkvq.torch_module`). No gradients flow through any of these.
+Eager calls on CPU tensors go straight to `mixkvq._core` with addresses and strides: no copy, no dispatcher. Under
+``torch.compile``, and for tensors on CUDA devices, the same functions call the operators ``torch.ops.mixkvq.*``
+(`operators`). The core's loops run in torch's intra-op pool (`mixkvq.torch_module`). No gradients flow through any of
+these.
+
+On a CUDA device they run in the device's current stream and wait for nothing, but `layer`, which reads the headers of
+records. What is wrong in device memory (lengths, places, records) is not found there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import _core
+from . import _core, operators
 from .arrays import codec_numbers, core_codec, precision_code
 from .config import BlockCodec
-from .torch_module import compiling
+from .operators import DeviceLayer, LayerTensors
+from .torch_module import needed
 
 _CODES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MASK_CODES = {**_CODES, torch.bool: 4}
@@ -32,7 +37,7 @@ def _refuse(name: str, value: object, allowed: str) -> ValueError:
 
 def _on_cpu(tensor: Tensor, name: str) -> None:
     if not tensor.is_cpu:
-        raise _refuse(name, f"on {tensor.device}", "on the CPU (this version has no CUDA kernels)")
+        raise _refuse(name, f"on {tensor.device}", "on the CPU as the others")
 
 
 def _view(tensor: Tensor, name: str, codes: dict[torch.dtype, int] = _CODES) -> _View:
@@ -107,7 +112,8 @@ def pack(
     ValueError
         Naming the argument, its value and what is allowed.
     """
-    if compiling():
+    if is_compiling() or operators.wanted(k):
+        needed()
         fields, thresholds = codec_numbers(codec)
         packed: tuple[Tensor, Tensor, Tensor] = torch.ops.mixkvq.pack(
             k, v, fields, thresholds, first, blocks, max_blocks, importance, mu, has_mu
@@ -117,8 +123,8 @@ def pack(
     if max_blocks < 0:
         raise _refuse("max_blocks", max_blocks, "0 or more")
     slots, bound = (k.shape[0], k.shape[1], max_blocks), handle.record_bound
-    staging = torch.empty((*slots, bound), dtype=torch.uint8)
-    sizes, raised = torch.zeros(slots, dtype=torch.int64), torch.zeros(slots, dtype=torch.int64)
+    staging = torch.empty((*slots, bound), dtype=torch.uint8, device=k.device)
+    sizes, raised = (torch.zeros(slots, dtype=torch.int64, device=k.device) for _ in range(2))
     _core.pack(
         handle,
         _view(k, "k"),
@@ -157,7 +163,8 @@ def salience_(sum: Tensor, q: Tensor, kv_heads: int, power: int, first: Tensor |
     ValueError
         Naming the argument, its value and what is allowed.
     """
-    if compiling():
+    if is_compiling() or operators.wanted(q):
+        needed()
         torch.ops.mixkvq.salience_(sum, q, kv_heads, power, first)
         return
     starts = _dense_or_none(first, "first", torch.int64)
@@ -165,30 +172,16 @@ def salience_(sum: Tensor, q: Tensor, kv_heads: int, power: int, first: Tensor |
 
 
 # ---- a layer -------------------------------------------------------------------------------------------------------
-class LayerTensors(NamedTuple):
-    """What a layer consists of; see `layer`."""
-
-    k: Tensor
-    v: Tensor
-    exact: Tensor
-    start: Tensor | None
-    sink_length: int
-    slabs: list[Tensor]
-    place: Tensor
-    blocks: Tensor
-    mu: Tensor | None
-    salience: tuple[Tensor, int] | None
-
-    def history(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
-        return self.slabs, self.place, self.blocks, self.mu
-
-
 class Layer(_core.Layer):
     """A `_core.Layer` that keeps its tensors alive. Its methods take addresses; the functions below take tensors."""
 
     __slots__ = ("salience", "tensors")
     tensors: LayerTensors
     salience: tuple[int, int, _View] | None  # KV heads, power, sum
+
+
+Handle = Layer | DeviceLayer
+"""Of a layer on the CPU, or on a CUDA device."""
 
 
 def layer(
@@ -202,11 +195,17 @@ def layer(
     blocks: Tensor,
     mu: Tensor | None = None,
     salience: tuple[Tensor, int] | None = None,
-) -> Layer:
+    *,
+    capacity: int = 0,
+    block_tokens: int = 0,
+    record_bytes: int = 0,
+) -> Handle:
     """A handle for the packed history and the exact window of one layer.
 
     It holds addresses: change the tensors in place and it sees the change; when one is replaced, or a slab is added,
-    make a new one.
+    make a new one. On a CUDA device, places and numbers of blocks that change later are seen only in the tensors of the
+    handle, ``tensors.place`` (addresses, `operators.addresses`) and ``tensors.blocks``: change those in place, and a
+    CUDA graph of `attend` sees the change, too. New records must be of as many tokens and not larger.
 
     Parameters
     ----------
@@ -223,17 +222,43 @@ def layer(
     place : int64 Tensor [B, H, P]
         ``slab << 40 | offset`` of every record.
     blocks : int64 Tensor [B]
-        Records per head.
+        Records per head. Both may be on the CPU for a layer on a CUDA device.
     mu : float16 Tensor [B, H, D], optional
         Key references.
     salience : (float64 Tensor [B, H, D], {1, 2}), optional
         Sum and power of `salience_`, for `attend` with ``observe``.
+    capacity : int
+        Columns of ``tensors.place`` of a layer on a CUDA device, if more than P.
+    block_tokens, record_bytes : int
+        Of a layer on a CUDA device: the tokens of every record, and at least the bytes of the longest, of those to
+        come as well. Default: read from the records that there are.
 
     Raises
     ------
     ValueError
         Naming the argument, its value and what is allowed.
     """
+    if operators.wanted(k):
+        if bool(block_tokens) != bool(record_bytes):
+            raise _refuse("record_bytes", record_bytes, f"given together with block_tokens, which is {block_tokens}")
+        window, history = (k, v, exact, start, sink_length), (list(slabs), place, blocks, mu)
+        return operators.layer_of(LayerTensors(*window, *history, salience, block_tokens, record_bytes), capacity)
+    return core_layer(k, v, exact, start, sink_length, slabs, place, blocks, mu, salience)
+
+
+def core_layer(
+    k: Tensor,
+    v: Tensor,
+    exact: Tensor,
+    start: Tensor | None,
+    sink_length: int,
+    slabs: Sequence[Tensor],
+    place: Tensor,
+    blocks: Tensor,
+    mu: Tensor | None = None,
+    salience: tuple[Tensor, int] | None = None,
+) -> Layer:
+    """As `layer`, on the CPU. Checks every record."""
     addresses = np.array([_dense(slab, "slabs", torch.uint8)[0] for slab in slabs], np.uint64)
     handle = Layer(
         _view(k, "k"),
@@ -256,7 +281,7 @@ def layer(
 
 
 def attend(
-    handle: Layer,
+    handle: Handle,
     q: Tensor,
     mask: Tensor | None = None,
     causal: bool = False,
@@ -302,32 +327,14 @@ def attend(
         Naming the argument, its value and what is allowed.
     """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if compiling():
-        t = handle.tensors
-        result: Tensor = torch.ops.mixkvq.attend(
-            q,
-            *t.history(),
-            t.k,
-            t.v,
-            t.exact,
-            t.start,
-            t.sink_length,
-            mask,
-            causal,
-            scale,
-            softcap,
-            sink_logits,
-            precision_code(precision),
-        )
-        if observe and t.salience is not None:
-            salience_(t.salience[0], q, t.k.shape[1], t.salience[1])
-        return result
+    if is_compiling() or type(handle) is not Layer:
+        return operators.attend(handle, q, mask, causal, scale, softcap, sink_logits, precision, observe)
     view = _view(q, "q")
     shape = view[2]
     if len(shape) != 4:
         raise _refuse("q", f"{len(shape)}-dimensional", "[B, Q, n, D]")
     batch, heads, n, dim = shape
-    out = torch.empty(batch, n, heads, dim, dtype=q.dtype)
+    out = torch.empty(batch, n, heads, dim, dtype=q.dtype, device=q.device)
     handle.attend(
         view,
         (out.data_ptr(), view[1], shape, (n * heads * dim, dim, heads * dim, 1)),
@@ -344,7 +351,7 @@ def attend(
     return out
 
 
-def append(handle: Layer, k_new: Tensor, v_new: Tensor) -> None:
+def append(handle: Handle, k_new: Tensor, v_new: Tensor) -> None:
     """Copy new tokens [B, H, n, D] behind the window and add n to ``exact``, in place.
 
     Raises
@@ -352,14 +359,13 @@ def append(handle: Layer, k_new: Tensor, v_new: Tensor) -> None:
     ValueError
         Naming the argument, its value and what is allowed; nothing has been written then.
     """
-    if compiling():
-        t = handle.tensors
-        torch.ops.mixkvq.append_(t.k, t.v, t.exact, k_new, v_new)
+    if is_compiling() or type(handle) is not Layer:
+        operators.append(handle, k_new, v_new)
         return
     handle.append(_view(k_new, "k_new"), _view(v_new, "v_new"))
 
 
-def unpack(handle: Layer, k: Tensor, v: Tensor, first: Tensor) -> None:
+def unpack(handle: Handle, k: Tensor, v: Tensor, first: Tensor) -> None:
     """Decode the packed blocks of row b into ``k``, ``v`` [B, H, n, D] from token ``first[b]`` (int64 Tensor [B]) on.
 
     Raises
@@ -367,8 +373,7 @@ def unpack(handle: Layer, k: Tensor, v: Tensor, first: Tensor) -> None:
     ValueError
         Naming the argument, its value and what is allowed; nothing has been written then.
     """
-    if compiling():
-        t = handle.tensors
-        torch.ops.mixkvq.unpack(*t.history(), k, v, first)
+    if is_compiling() or type(handle) is not Layer:
+        operators.unpack(handle, k, v, first)
         return
     handle.unpack(_view(k, "k"), _view(v, "v"), _dense(first, "first", torch.int64))

@@ -27,6 +27,7 @@ SINKS = ("s_aux", "sinks")
 MIN_KEYS = 4  # over few keys a softmax hardly depends on its scale
 _TRIAL_KEYS = 256  # the newest ones: a function may copy all that it is given
 _PADDING_QUERIES = 4
+_TF32_EPS = 2.0**-10
 _SPREAD = 4.0  # largest score of a trial without a soft cap: a wrong scale or cap then shows
 
 
@@ -91,7 +92,9 @@ def prove(call: Any, output: torch.Tensor) -> Proof | Reason | None:
     """
     key, value = call.key.detach(), call.value.detach()
     batch, tokens = key.shape[0], key.shape[2]
-    rows = rows_that_see(call.mask, batch, MIN_KEYS) if tokens >= MIN_KEYS else torch.zeros(batch, dtype=torch.bool)
+    rows = rows_that_see(call.mask, batch, MIN_KEYS, key.device)
+    if tokens < MIN_KEYS:
+        rows = torch.zeros_like(rows)
     if output.dim() != 4 or output.shape[::2] != (batch, call.query.shape[1]):
         return reasons.other_layout(call.name)
     want = output.detach()[:, -1:]
@@ -134,7 +137,8 @@ def _window(call: Any, rows: torch.Tensor) -> int | None:
     window, tokens = call.arguments.get("sliding_window"), call.key.shape[2]
     if not isinstance(window, int) or tokens <= window:
         return None
-    first = first_columns(call.mask, len(rows), tokens)[rows]  # of all queries: the mask may have the window, too
+    # of all queries: the mask may have the window, too
+    first = first_columns(call.mask, len(rows), tokens)[rows.cpu()]
     return window if bool((first < tokens - window).any()) else None
 
 
@@ -156,13 +160,14 @@ def hides_padding(call: Any, output: Any, start: torch.Tensor | None) -> bool:
     """
     if start is None or not bool(start.any()):
         return True
+    start = start.to(call.key.device)
     batch, tokens, n = call.key.shape[0], call.key.shape[2], call.query.shape[2]
     want = output[0] if isinstance(output, tuple) else output
     if call.arguments.get("dropout") or not (isinstance(want, torch.Tensor) and want.shape[:2] == (batch, n)):
         return False
     if n > tokens:  # cross attention: queries have no columns of their own
         return False
-    column = torch.arange(tokens)
+    column = torch.arange(tokens, device=call.key.device)
     padding = (column < start.view(-1, 1)).view(batch, 1, tokens, 1)
     key, value = call.key.masked_fill(padding, 0), call.value.masked_fill(padding, 0)
     for few in dict.fromkeys((min(n, _PADDING_QUERIES), n)):  # all, if other arguments are made for all
@@ -228,12 +233,13 @@ def _enlarged(call: Any) -> torch.Tensor:
 def _sparse_masks(call: Any, dtype: torch.dtype) -> torch.Tensor:
     """Masks of two rows, [B, Q or 1, 2, tokens]: one leaves every second key, the other every eighth."""
     batch, tokens = call.key.shape[0], call.key.shape[2]
-    column = torch.arange(tokens)
+    column = torch.arange(tokens, device=call.key.device)
     left = torch.stack([column % 2 == 0, column % 8 == 0])
     hidden = False if dtype == torch.bool else torch.finfo(dtype).min
     mask = call.mask
     if mask is None:
-        mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if dtype == torch.bool else torch.zeros(1, 1, 1, tokens)
+        everything = True if dtype == torch.bool else 0.0
+        mask = torch.full((1, 1, 1, tokens), everything, device=call.key.device)
     return torch.where(left, mask.to(dtype), hidden).expand(batch, -1, -1, -1).contiguous()
 
 
@@ -259,7 +265,7 @@ class Variant:
         1e-4 or four roundings of the largest value; in 16 bits also some times the error of plain 16-bit attention.
         """
         coarsest = max((call.query.dtype, call.key.dtype, call.output_dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        eps = torch.finfo(coarsest).eps
+        eps = _TF32_EPS if _rounds_to_tf32(call.query) else torch.finfo(coarsest).eps
         tolerance = max(1e-4, 4 * eps) * want.flatten(2).abs().amax(2).clamp(min=1e-6)
         if eps < 1e-4:
             return tolerance
@@ -282,6 +288,14 @@ class Variant:
         return torch.matmul(grouped, value).view(batch, heads, n, -1).transpose(1, 2)
 
 
+def _rounds_to_tf32(query: torch.Tensor) -> bool:
+    """Whether torch may round factors of float32 products to 11 bits, as GPUs multiply faster."""
+    if not query.is_cuda or query.dtype is not torch.float32:
+        return False
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")  # from torch 2.9 on
+    return chosen == "tf32" or (chosen == "none" and torch.get_float32_matmul_precision() != "highest")
+
+
 def _scores(call: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Scaled products [B, Q, n, tokens]."""
     batch, heads, n, head_dim = query.shape
@@ -295,5 +309,5 @@ def _scores(call: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def _plain_layer(key: torch.Tensor, value: torch.Tensor) -> Any:
     """Plain keys and values as the exact window of a layer without blocks."""
     batch, heads, tokens, _ = key.shape
-    exact, none = torch.full((batch,), tokens), torch.zeros(batch, dtype=torch.int64)
-    return ops.layer(key, value, exact, none, 0, [], torch.zeros(batch, heads, 0, dtype=torch.int64), none, None)
+    none = torch.zeros(batch, dtype=torch.int64, device=key.device)
+    return ops.layer(key, value, none + tokens, none, 0, [], none.new_zeros(batch, heads, 0), none, None)

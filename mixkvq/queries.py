@@ -37,6 +37,20 @@ class QueryStatistics(OrdinaryCopies):
         """Head-tokens in the sum, int64 [B]; None before it is allocated."""
         return None if self._partial is None else self._partial + self.whole
 
+    @classmethod
+    def restored(
+        cls, salience: str, sum: torch.Tensor | None, partial: torch.Tensor | None, whole: int
+    ) -> QueryStatistics:
+        """Statistics as they were; see `parts`."""
+        self = cls(salience)
+        self.sum, self._partial, self.whole = sum, partial, whole
+        return self
+
+    @property
+    def parts(self) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+        """All that there is: sum, head-tokens of calls with padding (int64 [B]), head-tokens of calls without."""
+        return self.sum, self._partial, self.whole
+
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held."""
         return [t for t in (self.sum, self._partial) if t is not None]
@@ -50,8 +64,8 @@ class QueryStatistics(OrdinaryCopies):
         """Make room for sums, unless there is or none is wanted."""
         if self.power and self.sum is None:
             with torch.inference_mode(False):
-                self.sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=device)
-                self._partial = torch.zeros(batch, dtype=torch.int64, device=device)
+                sum = torch.zeros(batch, kv_heads, head_dim, dtype=torch.float64, device=device)
+                self._partial, self.sum = torch.zeros(batch, dtype=torch.int64, device=device), sum
 
     def add(self, q: torch.Tensor, kv_heads: int, first: torch.Tensor | None) -> None:
         """Add the queries of one call.
@@ -68,12 +82,13 @@ class QueryStatistics(OrdinaryCopies):
         self.allocate(batch, kv_heads, head_dim, q.device)
         if self.sum is None or self._partial is None:
             return
-        ops.salience_(self.sum, q, kv_heads, self.power, first)
         group = heads // kv_heads
         if first is None:
-            self.whole += n * group
+            whole, partial = self.whole + n * group, self._partial
         else:
-            self._partial += (n - first) * group
+            whole, partial = self.whole, self._partial + (n - first) * group
+        ops.salience_(self.sum, q, kv_heads, self.power, first)
+        self.whole, self._partial = whole, partial
 
     def importance(self) -> torch.Tensor | None:
         """I_d as float32 [B, H, D], 1 where no query or one that is not finite was seen; None before any query."""
@@ -83,6 +98,11 @@ class QueryStatistics(OrdinaryCopies):
         mean = self.sum / count.view(-1, 1, 1)  # nan without queries
         value = (mean.sqrt() if self.power == 2 else mean).float()
         return torch.where(value.isfinite(), value, 1.0).contiguous()
+
+    def move(self, device: torch.device) -> None:
+        """To another device."""
+        if self.sum is not None and self._partial is not None:
+            self.sum, self._partial = self.sum.to(device), self._partial.to(device)
 
     @outside_autograd
     def gather(self, rows: torch.Tensor) -> None:

@@ -31,6 +31,11 @@ class Reason:
     def __str__(self) -> str:
         return f"{self.what} -> {self.remedy}"
 
+    @classmethod
+    def saved(cls, what: str, remedy: str) -> Reason:
+        """As a file has it."""
+        return cls(what, remedy)
+
 
 # ---- nothing is wrong ----------------------------------------------------------------------------------------------
 EMPTY = Reason("nothing cached yet", f"{_FINE}: pass the cache to a model")
@@ -49,6 +54,9 @@ def waiting(tokens: int) -> Reason:
 def packed(function: str) -> Reason:
     """Packed, and read by the kernel."""
     return Reason(f"{function} proved to be what the kernel computes", _FINE)
+
+
+LOADED = Reason("packed records from a file", f"{_FINE}: the next attention call proves how it reads them")
 
 
 def transformers_layer(name: str, *, window: int | None = None, linear: bool = False, empty: bool = False) -> Reason:
@@ -96,8 +104,13 @@ def latent(keys: list[int], values: list[int]) -> Reason:
 
 
 def device(name: object) -> Reason:
-    """No kernels there."""
-    return Reason(f"no packed kernels for {name}", "run the model on the CPU")
+    """No kernels there, whatever one does."""
+    return Reason(f"no packed kernels for {name}", "run the model on the CPU or on a CUDA device")
+
+
+def cuda(name: object, why: object, remedy: object) -> Reason:
+    """No kernels on a CUDA device."""
+    return Reason(f"no packed kernels for {name}: {why}", f"run the model on the CPU, or {remedy}")
 
 
 def dtype(name: object) -> Reason:

@@ -63,6 +63,8 @@ class LayerReport:
         Scales that had to be raised for their offset to fit, since the cache was made.
     exact_blocks : int
         Records that hold exact values, because a key or value was not finite or did not fit (or by the preset).
+    host_bytes : int
+        Of its records in pinned host memory (``offload=True``).
     decoded_for : Reason or None
         Why the last call was decoded that the kernel could not serve, on a packed layer.
     """
@@ -80,6 +82,7 @@ class LayerReport:
     dequantizations: int = 0
     raised_scales: int = 0
     exact_blocks: int = 0
+    host_bytes: int = 0
     decoded_for: Reason | None = None
 
     @property
@@ -154,7 +157,7 @@ class Report:
         )
         notes = [
             f"{name.replace('_', ' ')}: {total:,}"
-            for name in ("exact_blocks", "raised_scales")
+            for name in ("exact_blocks", "raised_scales", "host_bytes")
             if (total := sum(getattr(layer, name) for layer in self.layers))
         ]
         return "\n".join([*lines, summary, *notes, *self._reasons()])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import reasons
+from . import reasons, torch_module
 from .config import BlockCodec, MixKVQConfig
 from .reasons import Reason
 
@@ -59,7 +59,9 @@ def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Re
     """Why records cannot hold these keys and values, if they cannot."""
     if key.dim() != 4 or key.shape != value.shape:
         return reasons.latent(list(key.shape), list(value.shape))
-    if key.device.type != "cpu":
+    if key.is_cuda and (problem := torch_module.cuda_problem(key.device)) is not None:
+        return reasons.cuda(key.device, *problem)
+    if not (key.is_cpu or key.is_cuda):
         return reasons.device(key.device)
     if key.dtype != value.dtype and not torch.is_autocast_enabled(key.device.type):
         return reasons.different_dtypes(key.dtype, value.dtype)

@@ -1,4 +1,4 @@
-"""Tests that need torch and transformers are left out where those are not installed; the table of `test_matrix.py`."""
+"""Tests that need torch and transformers are left out where those are not installed; options of `test_matrix.py`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,15 +8,29 @@ if find_spec("torch") is None or find_spec("transformers") is None:
     collect_ignore_glob = [
         "test_cache_*.py",
         "test_agreement.py",
+        "test_faults_[!b]*.py",
         "test_handle.py",
         "test_hook.py",
+        "test_gpu_cache.py",
         "test_matrix.py",
+        "test_operators*.py",
+        "test_parallel*.py",
+        "test_saving*.py",
         "test_store.py",
     ]
 
 
 def pytest_addoption(parser):
     parser.addoption("--table", metavar="FILE", help="write the table of test_matrix.py between the marks in FILE")
+    parser.addoption("--share", metavar="N", type=int, default=1, help="of test_matrix.py, run every Nth test only")
+
+
+def pytest_collection_modifyitems(config, items):
+    """A share of the pairs of family and scenario: no family and no scenario is left out."""
+    pairs = [item for item in items if getattr(item, "originalname", "") == "test_same_as_the_stock_cache"]
+    left_out = set(pairs) - set(pairs[:: config.getoption("--share")])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -117,8 +117,15 @@ def fill(rng: np.random.Generator, shape: tuple[int, ...], troubles: list[str], 
 
 
 def strided(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
-    """The same numbers as a view: contiguous, heads behind tokens, cut from something wider, every second element."""
-    style = rng.integers(4)
+    """The same numbers as a view: contiguous, heads behind tokens, cut from something wider, every second one, any."""
+    style = rng.integers(5)
+    if style == 4:  # axes in any order in memory, each forwards or backwards, with gaps
+        order, step, begin = rng.permutation(x.ndim), rng.integers(1, 4, x.ndim), rng.integers(0, 3, x.ndim)
+        wide = np.zeros((begin + step * x.shape)[order], x.dtype).transpose(np.argsort(order))
+        view = wide[tuple(slice(b, b + s * n, s) for b, s, n in zip(begin, step, x.shape, strict=True))]
+        view = view[tuple(slice(None, None, way) for way in rng.choice([-1, 1], x.ndim))]
+        view[...] = x
+        return view
     if style == 1:
         return np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
     if style == 2:

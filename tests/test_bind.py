@@ -254,6 +254,34 @@ def test_negative_strides_are_read_as_they_are():
     assert (attend(_core.Layer(**plain), q) == attend(_core.Layer(**flipped), q)).all()
 
 
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (0, 1), (1, 2), (2, 3), (0, 1, 2, 3)])
+def test_strides_of_zero_are_read_as_they_are(axes):
+    """Rows, heads, tokens or channels that are all the same one, in everything that is only read."""
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        first = x[tuple(slice(1) if axis in axes else slice(None) for axis in range(4))]
+        return np.broadcast_to(first, x.shape)
+
+    rng = np.random.default_rng(2)
+    k, v, new = (spread(rng.standard_normal((2, 2, n, 16)).astype(np.float32)) for n in (70, 70, 5))
+    q = spread(queries(5))
+    assert all(k.strides[axis] == q.strides[axis] == 0 for axis in axes)
+    codec = MixKVQConfig(block_length=32, residual_length=32, key_group_size=32).codec(16, "float32")
+    results = []
+    for make in (np.asarray, np.ascontiguousarray):
+        packed = arrays.pack(codec, make(k), make(v), first=[1, 6])
+        assert sum(len(head) for row in packed.records for head in row) == 8
+        held = window()
+        layer = _core.Layer(**held)
+        layer.append(make(new), make(new))
+        out = attend(layer, make(q))
+        fixed = arrays.attend(make(q), packed.records, make(k), make(v), [60, 70], mu=packed.mu)
+        salience = arrays.salience(make(q), 2, power=2)
+        results.append((packed.records, packed.mu.tolist(), held["k"].tolist(), out.tolist(), fixed.tolist(),
+                        salience.tolist()))  # fmt: skip
+    assert results[0] == results[1]
+
+
 def test_uint16_is_bfloat16():
     arguments, q = window(), queries()
     for name in ("k", "v"):

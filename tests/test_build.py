@@ -63,15 +63,38 @@ def test_build_info_comes_from_the_compiler():
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert info["compiler"].split()[1][0].isdigit()
     assert info["std"] == 201112
-    assert info["cuda_kernels"] is None
-    present = (Path(_core.__file__).parent / "_torch.abi3.so").exists()
-    assert ("_torch" in info["modules"].split()) == present == (info["torch_headers"] is not None)
+    for module, fact in (("_torch", "torch_headers"), ("_cuda", "cuda_kernels")):
+        present = (Path(_core.__file__).parent / f"{module}.abi3.so").exists()
+        assert (module in info["modules"].split()) == present == (info[fact] is not None)
 
 
-def test_the_extension_exports_its_entry_point_only():
+@pytest.fixture(params=["_core", "_torch", "_cuda"])
+def library(request: pytest.FixtureRequest) -> Path:
+    path = Path(_core.__file__).parent / f"{request.param}.abi3.so"
+    if not path.exists():
+        pytest.skip(f"{path.name} was not built")
+    return path
+
+
+def test_a_library_exports_its_entry_point_only(library):
     """Hidden symbols cannot clash with another library's."""
-    table = run("nm", "-D", "--defined-only", _core.__file__, cwd=ROOT).stdout
-    assert [line.split()[-1] for line in table.splitlines()] == ["PyInit__core"]
+    table = run("nm", "-D", "--defined-only", library, cwd=ROOT).stdout
+    assert [line.split()[-1] for line in table.splitlines()] == [f"PyInit_{library.name.partition('.')[0]}"]
+
+
+def test_a_library_needs_stable_interfaces_only(library):
+    """A symbol comes with a version, or is of Python or of torch's C interface: nothing of C++'s at:: and c10::."""
+    table = run("nm", "-D", "--undefined-only", library, cwd=ROOT).stdout
+    names = {line.split()[-1] for line in table.splitlines()}
+    loose = {name for name in names if "@" not in name} - {"__gmon_start__"}
+    torch = {name for name in loose if name.startswith(("aoti_torch_", "torch_"))}
+    assert {name for name in loose - torch if not name.startswith(("Py", "_Py", "_ITM_"))} == set()
+    assert bool(torch) == library.name.startswith("_torch")
+
+
+def test_a_library_names_no_folder_of_this_machine(library):
+    assert "PATH" not in run("readelf", "-d", library, cwd=ROOT).stdout
+    assert b"/torch/include" not in library.read_bytes()
 
 
 # ---- decisions of setup.py -----------------------------------------------------------------------------------------
@@ -86,9 +109,56 @@ def test_a_mode_is_one_of_three(tree):
     assert "MIXKVQ_CUDA is '1', must be auto, require or off" in refused(tree, MIXKVQ_CUDA="1")
 
 
-def test_cuda_cannot_be_required_yet(tree):
-    message = "MIXKVQ_CUDA=require, but this version of mixkvq has no CUDA kernels"
-    assert message in refused(tree, MIXKVQ_CUDA="require")
+def test_cuda_cannot_be_required_without_nvcc(tree, tmp_path):
+    without = {"PATH": str(tmp_path), "NVCC": "", "CUDA_HOME": "", "MIXKVQ_TORCH": "off"}
+    command = (sys.executable, "setup.py", "--quiet", "build_ext")
+    result = run(*command, cwd=tree, check=False, MIXKVQ_CUDA="require", **without)
+    message = "MIXKVQ_CUDA=require, but nvcc is not found: put it on PATH or name it in NVCC\n"
+    assert (result.returncode, result.stderr) == (1, message)
+    assert "mixkvq: not building mixkvq._cuda (nvcc is not found)" in refused(tree, MIXKVQ_CUDA="auto", **without)
+
+
+def toolkit(folder: Path, release: str, parts: str) -> dict[str, str]:
+    """An nvcc and a cc that answer setup.py's questions and compile nothing: the build ends when all is decided."""
+    for file in ("include/cuda_runtime_api.h", "lib64/libcudart_static.a"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+    (folder / "bin").mkdir()
+    answers = {
+        "--dryrun": f"#$ TOP={folder}/bin/..",
+        "--version": f"Cuda compilation tools, release {release}, V{release}.99",
+        "--list-gpu-code": "\n".join(f"sm_{part}" for part in parts.split()),
+        "-dumpmachine": "x86_64-linux-gnu",
+    }
+    cases = "".join(f"{option}) echo '{answer}';;\n" for option, answer in answers.items())
+    compiler = folder / "bin/compiler"
+    compiler.write_text(f"#!/bin/sh\ncase $1 in\n{cases}*) exit 3;;\nesac\n")
+    compiler.chmod(0o755)
+    chosen = {"MIXKVQ_TORCH": "off", "MIXKVQ_CUDA": "require", "MIXKVQ_CUDA_ARCHS": ""}
+    return {"NVCC": str(compiler), "CC": str(compiler), **chosen}
+
+
+def test_an_older_nvcc_makes_what_it_can(tree, tmp_path):
+    environment = toolkit(tmp_path, "12.4", "50 75 80 86 87 89 90")
+    output = refused(tree, **environment)
+    assert "this nvcc has no 100+ptx: newer parts get PTX of 90a" in output
+    assert f"building mixkvq._cuda (CUDA 12.4: sm_80 sm_86 sm_89 sm_90a compute_90; toolkit in {tmp_path})" in output
+    chosen = refused(tree, **environment | {"MIXKVQ_CUDA_ARCHS": "75 90+ptx"})
+    assert "building mixkvq._cuda (CUDA 12.4: sm_75 sm_90 compute_90; " in chosen
+    for wrong in ("100", "sm_90", "hopper"):
+        message = f"MIXKVQ_CUDA_ARCHS names {wrong}, must be of 50 75 80 86 87 89 90 in this nvcc"
+        assert message in refused(tree, **environment | {"MIXKVQ_CUDA_ARCHS": f"80 {wrong}"})
+
+
+def test_an_nvcc_without_cpp20_is_an_error(tree, tmp_path):
+    output = refused(tree, **toolkit(tmp_path, "11.8", "80 86"))
+    assert "is of CUDA 11.8, which knows no C++20 (>= 12.0): update it or set MIXKVQ_CUDA=off" in output
+
+
+def test_a_toolkit_without_its_runtime_is_an_error(tree, tmp_path):
+    environment = toolkit(tmp_path, "13.0", "80 86")
+    (tmp_path / "lib64/libcudart_static.a").unlink()
+    assert f"the CUDA toolkit in {tmp_path} has no libcudart_static.a: repair it" in refused(tree, **environment)
 
 
 def test_an_nvcc_that_fails_is_an_error(tree, tmp_path):
@@ -129,7 +199,7 @@ def bare(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     (sdist,) = folder.glob("mixkvq-*.tar.gz")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv/bin/python"
-    run(python, "-m", "pip", "wheel", "--no-deps", "-w", folder, sdist, cwd=folder)
+    run(python, "-m", "pip", "wheel", "--no-deps", "-w", folder, sdist, cwd=folder, MIXKVQ_CUDA="off")
     (wheel,) = folder.glob("*.whl")
     run(python, "-m", "pip", "install", wheel, cwd=folder)
     yield python, wheel, sdist
@@ -142,7 +212,9 @@ def test_a_bare_install_works_with_numpy_only(bare, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"mixkvq/_core.abi3.so", "mixkvq/_core.pyi", "mixkvq/py.typed", "mixkvq/include/mixkvq.h"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any("_torch.abi3" in name or name.startswith(("tests", "csrc", "build")) for name in names)
+    assert not any(
+        "_torch.abi3" in name or "_cuda.abi3" in name or name.startswith(("tests", "csrc", "build")) for name in names
+    )
     for command in (["-m", "mixkvq", "info"], ["-P", python.parent / "mixkvq", "info"]):
         info = run(python, *command, cwd=tmp_path).stdout
         assert mixkvq.__version__ in info
@@ -171,8 +243,8 @@ def test_torch_can_be_required(bare, tree, tmp_path):
     assert result.returncode != 0
     assert "MIXKVQ_TORCH=require, but torch is not installed in this environment" in result.stdout + result.stderr
     pytest.importorskip("torch")
-    result = run(sys.executable, *pip, tree, cwd=tmp_path, MIXKVQ_TORCH="require")
-    assert "building mixkvq._core and mixkvq._torch (torch " in result.stdout + result.stderr
+    result = run(sys.executable, *pip, tree, cwd=tmp_path, MIXKVQ_TORCH="require", MIXKVQ_CUDA="off")
+    assert "building mixkvq._torch (torch " in result.stdout + result.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "mixkvq/_torch.abi3.so" in names
 

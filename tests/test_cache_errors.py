@@ -246,7 +246,7 @@ def test_cache_implementation_together_with_a_cache(implementation):
 
 def test_layers_are_not_offloaded():
     cache = caches()["packed"]
-    with pytest.raises(NotImplementedError, match="does not offload"):
+    with pytest.raises(NotImplementedError, match="offload=True keeps records"):
         cache.layers[0].offload()
 
 

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import forward, lossless, paths, prompts, tiny
+from models import forward, lossless, paths, prompts, relative_gap, tiny
 from transformers import DynamicCache
 
 from mixkvq import MixKVQCache, arrays, ops
@@ -65,7 +65,7 @@ def test_a_cache_filled_by_update_is_read_packed(told, chunks):
         for step in range(3):
             mask = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], 1)
             want, got = (forward(model, each, torch.tensor([[5], [6]]), mask) for each in (plain, cache))
-            assert torch.allclose(got, want, atol=1e-5)
+            assert relative_gap(got, want) <= 1e-5  # of exact attention, see mixkvq.h
     assert paths(cache) == ["packed"] * len(saved)
     assert "proved" in cache.layers[0].reason.what
     if chunks == 1:

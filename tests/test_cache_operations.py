@@ -170,6 +170,19 @@ def test_rows_of_a_plain_cache_move(name):
     assert_equal_step(cache, mask)
 
 
+@needs_linear
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_rows_of_a_hybrid_layer_move_with_their_states(name):
+    operation, rows = OPERATIONS[name]
+    model, inputs = tiny("falcon_h1"), prompts([60, 60, 60])
+    cache = lossless()
+    forward(model, cache, inputs["input_ids"])
+    ids = torch.tensor([[5], [6], [7]])
+    want = forward(model, copy.deepcopy(cache), ids)[rows]
+    operation(cache)
+    assert relative_gap(forward(model, cache, ids[rows]), want) < 1e-5
+
+
 def test_repeated_rows_share_records():
     cache, _ = filled()
     before = cache.report()

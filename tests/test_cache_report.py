@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from models import forward, generate, lossless, prompts, tiny
-from one_layer import Module, attention, found
+from one_layer import DIM, HEADS, Module, attention, found, packed_layer
 from versions import needs_linear
 
 from mixkvq import MixKVQCache, _core
@@ -243,3 +243,17 @@ def test_one_warning_per_cache():
     assert len(caught) == 1 and "cache.report()" in str(caught[0].message)
     assert all(layer.dequantizations == 3 for layer in cache.report().layers)
     assert all("AttentionInterface" in layer.reason for layer in cache.report().layers)
+
+
+def test_what_is_packed_by_an_update_is_in_the_accounts():
+    """Where no attention ran since the last tokens, such as in a cache that is filled by hand."""
+    cache, states = packed_layer().cache, torch.zeros(2, 1, HEADS, 1, DIM)
+    while cache.layers[0].store.exact < 32:
+        cache.update(*states, 0)
+    cache.reset_peak()
+    cache.update(*states, 0)
+    report = cache.report()
+    assert cache.ledger.total == report.nbytes == held_bytes(cache)
+    assert report.peak_nbytes >= report.nbytes + codec(cache.layers[0].store.codec).record_bound, (
+        "with what packing needs"
+    )

@@ -17,9 +17,9 @@ for package in ("optuna", "scipy", "typer", "rich"):
 from cli_fixtures import WORDS, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny
+from models import forward, tiny
 
-from mixkvq import MixKVQCache, MixKVQConfig
+from mixkvq import MixKVQCache, MixKVQConfig, compat, estimate
 from mixkvq.calibrate.profile import Choice, allocate, hull, key_choices, make_profile, value_choices
 from mixkvq.calibrate.reading import Readings, calibration_windows
 from mixkvq.calibrate.study import Trial, cut_off, pareto, pick, search
@@ -29,7 +29,9 @@ from mixkvq.cli import main
 from mixkvq.cli.calibrate import CalibrateOptions
 from mixkvq.errors import UserError
 from mixkvq.eval.kl import Protocol
+from mixkvq.eval.models import load
 from mixkvq.eval.texts import Window, windows
+from mixkvq.sizes import measured_records
 
 PROTOCOL = Protocol(context=420, prefill=300, sink_length=0)
 PAPER = MixKVQConfig.preset("paper")
@@ -219,6 +221,36 @@ def test_the_command_writes_what_a_cache_reads(folder, tmp_path, capsys):
     assert cache.mixkvq_config.thresholds == made.fields["thresholds"]
 
 
+@pytest.mark.skipif(not compat.RUNS_WITHOUT_NUMBERS, reason="before transformers 5.0 no model runs without numbers")
+def test_what_was_measured_estimates_the_bytes_of_another_text(folder, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    assert run(folder, out, "--trials", "0") == 0
+    made = Calibration.load(out)
+    assert (
+        made.fields["thresholds"] == PAPER.thresholds and f"{made.summary['true_bits']:.3f}" in capsys.readouterr().out
+    )
+    assert sorted(made.summary["records"]["layers"]) == ["0", "1"]
+    model, tokenizer = load(str(folder))
+    for dtype in (torch.float32, torch.bfloat16):
+        cache, ids = MixKVQCache("paper", calibration=out), windows(tokenizer, str(folder / "text.txt"), 1, 400)[0].ids
+        with torch.inference_mode():
+            forward(model.to(dtype), cache, torch.tensor([ids]))
+        found = estimate(model.config, tokens=400, preset="paper", calibration=out, dtype=dtype)
+        report = cache.report()
+        assert found.preset == report.preset
+        assert found.nbytes == pytest.approx(report.nbytes, rel=0.02)
+        assert found.true_bits == pytest.approx(report.true_bits, rel=0.05)
+    other = estimate(model.config, tokens=400, preset="paper", calibration=out, thresholds=(2.0, 1.0))
+    assert other.nbytes is None  # these were not measured
+
+
+def test_records_that_nobody_measured_are_refused():
+    for records in (3, {"dtype": "int8", "layers": {}}, {"dtype": "float32", "layers": {"0": [1]}}):
+        with pytest.raises(ValueError, match="must be a dtype and, for each layer"):
+            measured_records({"records": records})
+    assert measured_records({}) == {}
+
+
 def test_the_search_command(folder, tmp_path, capsys):
     out = tmp_path / "c.json"
     assert run(folder, out, "--trials", "2") == 0
@@ -234,7 +266,7 @@ def test_the_search_command(folder, tmp_path, capsys):
         ({"preset": "kivi-2"}, "nothing to calibrate"),
         ({"preset": "default", "target_bits": 3.0}, "for thresholds"),
         ({"target_bits": 1.0}, "--target-bits is 1"),
-        ({"trials": 0}, "--trials is 0"),
+        ({"trials": -1}, "--trials is -1"),
         ({"highest": 0.1}, r"--highest is 0\.1"),
         ({"highest": float("nan")}, "--highest is nan"),
         ({"sink": -1}, "--sink is -1"),
@@ -250,7 +282,6 @@ def test_wrong_options(fields, match):
 def test_smollm2_reaches_its_bits_on_other_text(tmp_path, capsys):
     """Thresholds scaled on prose give nearly the same bits on code, where the published pair gives far more."""
     from mixkvq.eval.checkpoints import SMOLLM2
-    from mixkvq.eval.models import load
     from mixkvq.eval.replay import Prefill
 
     try:

@@ -191,6 +191,11 @@ def data(**changes):
         (data(fields={"thresholds": "21"}), "thresholds is '21'"),
         (data(summary={"kl": float("nan")}), "NaN"),
         (data().replace('"layers": {', '"layers": {"1": {}, "1": {}', 1), "'1' is given twice"),
+        (
+            data().replace("{", "{" + "".join(f'"{n}": 0, ' for n in range(50_000)) + '"49999": 0, ', 1),
+            "'49999' is given",
+        ),
+        (data(fields={"thresholds": [10**400, 1]}), "must be finite"),
         (data(summary=3), "summary is 3"),
         (data(fields={"thresholds": [1]}), "thresholds"),
         (" " * (MAX_BYTES + 1), "larger"),

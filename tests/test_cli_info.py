@@ -47,6 +47,13 @@ def test_info_json_without_torch() -> None:
     assert facts["CPUs usable"] >= 1
 
 
+def test_info_tells_whether_cuda_kernels_are_there() -> None:
+    facts = json.loads(bare("info", "--json", CUDA_VISIBLE_DEVICES="").stdout)
+    built = facts["built: cuda_kernels"]
+    assert facts["mixkvq._cuda"].startswith("absent (" if built is None else "present")
+    assert built is None or "sm_" in built
+
+
 def test_info_names_the_forced_instruction_set() -> None:
     facts = json.loads(bare("info", "--json", MIXKVQ_ISA="scalar").stdout)
     assert facts["isa chosen"] == "scalar"

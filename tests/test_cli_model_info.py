@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from mixkvq.cli import UserError, main, model_info
 from mixkvq.cli.model_info import ModelInfoOptions, inspect_model
 from mixkvq.eval.memory import cache_nbytes
+from mixkvq.shapes import model_class
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_models_that_see_or_hear(tmp_path, capsys, family, summary):
     ],
 )
 def test_the_class_that_continues_text(config, auto):
-    assert model_info._auto(getattr(transformers, config)()).__name__ == auto
+    assert model_class(getattr(transformers, config)()).__name__ == auto
 
 
 @pytest.mark.parametrize("weights", [True, False])

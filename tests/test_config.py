@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from mixkvq import MixKVQConfig, list_presets, reference
@@ -43,6 +46,12 @@ def test_a_configuration_cannot_be_changed():
         ({"key_patterns": ()}, ValueError, "has 0 entries"),
         ({"thresholds": (1, 2, 3)}, TypeError, "thresholds is"),
         ({"thresholds": (0.5, 1.0)}, ValueError, "high >= low"),
+        ({"thresholds": (10**400, 1)}, ValueError, f"thresholds is (1{'0' * 78}, must be finite"),
+        ({"thresholds": (1, -(10**400))}, ValueError, "must be finite"),
+        ({"thresholds": (np.float32("inf"), 0)}, ValueError, "must be finite"),
+        ({"thresholds": (float("nan"), 0)}, ValueError, "thresholds is (nan, 0), must be finite"),
+        ({"thresholds": (1, np.float32("nan"))}, ValueError, "must be finite"),
+        ({"thresholds": (True, False)}, TypeError, "thresholds is"),
         ({"key_budget": 0.5}, ValueError, "key_budget is 0.5, must be from 1 to 8"),
         ({"key_budget": float("nan")}, ValueError, "key_budget is nan"),
         ({"key_budget": "3"}, TypeError, "key_budget is '3', must be a number"),
@@ -55,6 +64,13 @@ def test_bad_fields_are_named(fields, error, says):
     with pytest.raises(error) as caught:
         MixKVQConfig.preset("default", **fields)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [int, float, np.float16, np.float32, np.float64, np.longdouble, np.int8, Fraction])
+def test_thresholds_may_be_numbers_of_any_kind(kind):
+    with warnings.catch_warnings(action="error"):
+        thresholds = MixKVQConfig(thresholds=(kind(2), kind(1))).thresholds
+    assert thresholds == (2.0, 1.0) and {type(x) for x in thresholds} == {float}
 
 
 @pytest.mark.parametrize("allocate", ["budget", "layer"])

@@ -40,10 +40,21 @@ def test_codec_fields(field, value):
         arrays.core_codec(dataclasses.replace(CODEC, **{field: value}))
 
 
-@pytest.mark.parametrize("pair", [(1.0, 2.0), (1.0, -0.5), (float("nan"), 0.0), (1.0, float("nan"))])
-def test_thresholds(pair):
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ((1.0, 2.0), 1),
+        ((1.0, -0.5), 1),
+        ((float("nan"), 0.0), 0),
+        ((1.0, float("nan")), 1),
+        ((-1e30, 0.0), -(2**63)),
+        ((1e30, float("inf")), 2**63 - 1),
+    ],
+)
+def test_thresholds(pair, value):
+    """The error tells a number as an integer, NaN as 0."""
     codec = dataclasses.replace(CODEC, allocate="threshold", threshold_high=pair[0], threshold_low=pair[1])
-    with pytest.raises(ValueError, match="threshold"):
+    with pytest.raises(ValueError, match=f"threshold_high is {value},"):
         arrays.core_codec(codec)
 
 
@@ -134,3 +145,11 @@ def test_damaged_records_are_refused_everywhere():
             arrays.attend(np.zeros((1, 1, 1, 16), np.float32), [[[bytes(bad)]]], K, K, [64], mu=mu[None, None])
     with pytest.raises(ValueError, match="64 bytes"):
         arrays.inspect(b"MKVQ")
+
+
+@pytest.mark.parametrize("shape", [(1 << 24, 1 << 24, 4, 16), (1, 1, (1 << 44) + 1, 16)])
+def test_sizes_beyond_what_can_be_addressed(shape):
+    """A stride of 0 makes any size of no memory."""
+    huge = np.lib.stride_tricks.as_strided(np.zeros(16, np.float32), shape, (0, 0, 0, 4))
+    with pytest.raises(ValueError, match=r"q.*2\^48 elements"):
+        arrays.salience(huge, 1, power=2)

@@ -9,7 +9,7 @@ import pytest
 from core_cases import DTYPES, HEAD_DIMS, TROUBLES, codecs, examples, fill, narrowed, strided
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import codec_of, ramp
+from inputs import beside_ties, codec_of, ramp
 
 from mixkvq import list_presets, reference
 from mixkvq.config import BlockCodec, MixKVQConfig
@@ -169,17 +169,7 @@ def test_ties_of_codes_and_scales_equal_the_oracle(isa, seed, width, metadata):
 @given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 4]))
 def test_quotients_beside_a_rounding_tie_equal_the_oracle(isa, seed, width):
     """Elements within a few units in the last place of half a step, for scales whose reciprocal is not exact."""
-    rng = np.random.default_rng(seed)
-    codec = codec_of(64, block_length=64, residual_length=64, key_group_size=64, key_reference="none",
-                     value_basis="identity", value_bits=width, key_patterns=({width: 64},))  # fmt: skip
-    scale = (2.0 ** rng.integers(-12, 5, 64) * (1 + rng.integers(0, 8, 64) / 8)).astype(np.float32)
-    offset = np.rint(rng.uniform(-127, 127, 64)).astype(np.float32) * scale * np.float32(2.0 ** (width - 4))
-    codes = rng.integers(0, 2**width - 1, (64, 64)) + np.float32(0.5)
-    x = (codes.astype(np.float32) * scale + offset).view(np.int32) + rng.integers(-2, 3, (64, 64)).astype(np.int32)
-    x = x.view(np.float32)
-    x[0], x[1] = offset, np.float32(2**width - 1) * scale + offset
-    k, v = x[None, None], np.ascontiguousarray(x.T)[None, None]
-    check_pack(codec, k, v, np.zeros(1, np.int64), np.ones(1, np.int64), None)
+    check_pack(*beside_ties(seed, width, 64), np.zeros(1, np.int64), np.ones(1, np.int64), None)
 
 
 @pytest.mark.parametrize("cost", ["model", "measured"])

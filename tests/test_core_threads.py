@@ -119,3 +119,43 @@ def test_attention_gives_the_same_bytes_for_any_number_of_threads(isa, monkeypat
     """Three heads, three tiles of query rows each, cut into three runs of blocks."""
     monkeypatch.setenv("MIXKVQ_ISA", isa)
     assert python(POOL + ATTEND).split() == ["same"] * 6
+
+
+CALLERS = """
+codec = MixKVQConfig.preset("default", block_length=64, residual_length=64).codec(64, "float32")
+keys = rng.standard_normal((1, 3, 64 * 21, 64)).astype(np.float32)
+window, q = keys[:, :, :70], rng.standard_normal((1, 12, 5, 64)).astype(np.float32)
+
+
+def call(factor):
+    packed = arrays.pack(codec, keys * factor, -keys, first=[0], blocks=[21])
+    out = arrays.attend(q, packed.records, window, window, [70], mu=packed.mu, mask="causal")
+    return packed.records, out.tobytes(), arrays.salience(q, 3, power=2).tobytes()
+
+
+alone = [call(factor) for factor in range(1, 5)]
+_core.set_executor_address(ctypes.cast(pool, ctypes.c_void_p).value)
+threads, together, begin = 3, [[] for _ in alone], threading.Barrier(len(alone))
+
+
+def caller(i):
+    begin.wait()
+    for turn in range(3):
+        together[i].append(call(i + 1))
+
+
+callers = [threading.Thread(target=caller, args=(i,)) for i in range(len(alone))]
+for each in callers:
+    each.start()
+for each in callers:
+    each.join()
+assert together == [[one] * 3 for one in alone]
+print("callers", len(callers), "loops", len(loops))
+"""
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_callers_at_once_do_not_see_each_other(isa, monkeypatch):
+    """Four threads of Python, each with a pool of three: two rounds of packing and one of attention per call."""
+    monkeypatch.setenv("MIXKVQ_ISA", isa)
+    assert python(POOL + CALLERS).split() == ["callers", "4", "loops", str(4 * 3 * 3)]

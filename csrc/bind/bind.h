@@ -58,11 +58,14 @@ mkvq_py_workspace mkvq_py_take_workspace(int64_t bytes);
 void mkvq_py_give_workspace(mkvq_py_workspace workspace);
 
 /* ---- parallel.c ------------------------------------------------------------------------------ */
-/* What the core gets as its executor: NULL (this thread) until one is installed. */
+/* What the core gets as its executor: NULL (this thread) until one is installed, and in a process
+ * forked since. */
 mkvq_executor mkvq_py_executor(void);
 void mkvq_py_set_executor(mkvq_executor executor);
 /* Address of torch_parallel_for of libtorch; 0 goes back to serial. */
 void mkvq_py_set_torch_pool(uintptr_t address);
+/* From now on a forked process uses no pool; -1 with MemoryError if that cannot be arranged. */
+int mkvq_py_watch_forks(void);
 /* Reads MIXKVQ_NUM_THREADS; -1 with ImportError if it is not a positive number. */
 int mkvq_py_read_threads(void);
 #endif

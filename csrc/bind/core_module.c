@@ -87,13 +87,22 @@ static PyObject *set_executor_address(PyObject *module, PyObject *address)
 #else
 #define COMPILER "unknown"
 #endif
-#ifdef MKVQ_BUILT_TORCH /* by setup.py: version of the torch that mixkvq._torch is built on */
-#define MKVQ_MODULES "_core _torch"
+/* By setup.py: version of the torch that mixkvq._torch, and toolkit and parts that mixkvq._cuda was
+ * built with. */
+#ifdef MKVQ_BUILT_TORCH
+#define MKVQ_TORCH_MODULE " _torch"
 #else
-#define MKVQ_MODULES "_core"
+#define MKVQ_TORCH_MODULE
 #define MKVQ_BUILT_TORCH NULL
 #define MKVQ_TORCH_TARGET NULL
 #endif
+#ifdef MKVQ_BUILT_CUDA
+#define MKVQ_CUDA_MODULE " _cuda"
+#else
+#define MKVQ_CUDA_MODULE
+#define MKVQ_BUILT_CUDA NULL
+#endif
+#define MKVQ_MODULES "_core" MKVQ_TORCH_MODULE MKVQ_CUDA_MODULE
 
 static PyObject *build_info(PyObject *module, PyObject *unused)
 {
@@ -101,7 +110,8 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
     return Py_BuildValue("{s:s,s:s,s:l,s:s,s:s,s:s,s:z,s:z,s:z}", "version", MKVQ_VERSION,
                          "compiler", COMPILER, "std", (long)__STDC_VERSION__, "python_abi",
                          "abi3 cp311", "numpy_abi", "2.0", "modules", MKVQ_MODULES, "torch_headers",
-                         MKVQ_BUILT_TORCH, "torch_target", MKVQ_TORCH_TARGET, "cuda_kernels", NULL);
+                         MKVQ_BUILT_TORCH, "torch_target", MKVQ_TORCH_TARGET, "cuda_kernels",
+                         MKVQ_BUILT_CUDA);
 }
 
 /* ---- module ---------------------------------------------------------------------------------- */
@@ -130,6 +140,8 @@ static PyMethodDef methods[] = {
 static int add_type(PyObject *module, const char *name, PyType_Spec *spec, PyObject **keep)
 {
     *keep = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (!*keep && !PyErr_Occurred()) /* CPython 3.11 does not always say that it had no memory */
+        PyErr_NoMemory();
     return *keep ? PyModule_AddObjectRef(module, name, *keep) : -1;
 }
 
@@ -149,7 +161,7 @@ static int exec_module(PyObject *module)
         add_type(module, "Layer", &mkvq_py_layer_spec, &state->layer_type) < 0 ||
         add_api(module) < 0 ||
         PyModule_AddStringConstant(module, "__version__", MKVQ_VERSION) < 0 ||
-        mkvq_py_read_threads() < 0)
+        mkvq_py_read_threads() < 0 || mkvq_py_watch_forks() < 0)
         return -1;
     const char *wanted = getenv("MIXKVQ_ISA");
     if (wanted && *wanted && mkvq_set_isa(wanted) != MKVQ_OK) {

@@ -3,8 +3,11 @@
  *
  * The pool is reached through a C function of libtorch, torch_parallel_for, given by address: no
  * torch header, no C++, and no second pool in the process. MIXKVQ_NUM_THREADS caps the number of
- * ranges that a loop is cut into. */
+ * ranges that a loop is cut into. A forked process has the pool but not its threads, for which the
+ * pool would wait for ever: loops run in the calling thread there, also where none has run in the
+ * pool before the fork, as torch's own operators may have started it, which cannot be asked. */
 #include <limits.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -14,6 +17,7 @@ typedef int32_t (*torch_pool)(int64_t begin, int64_t end, int64_t grain, mkvq_bo
 
 static _Atomic(mkvq_executor) installed;
 static _Atomic(torch_pool) pool;
+static _Atomic(int) forked;         /* since the executor was installed */
 static int64_t threads = INT64_MAX; /* set once, at import */
 
 static void capped(int64_t n, int64_t grain, mkvq_body body, void *ctx)
@@ -29,12 +33,31 @@ static void capped(int64_t n, int64_t grain, mkvq_body body, void *ctx)
 mkvq_executor mkvq_py_executor(void)
 {
     const mkvq_executor executor = atomic_load_explicit(&installed, memory_order_acquire);
+    if (atomic_load_explicit(&forked, memory_order_relaxed))
+        return NULL;
     return executor && threads != INT64_MAX ? capped : executor;
 }
 
 void mkvq_py_set_executor(mkvq_executor executor)
 {
     atomic_store_explicit(&installed, executor, memory_order_release);
+    atomic_store_explicit(&forked, 0, memory_order_relaxed);
+}
+
+static void in_child(void)
+{
+    atomic_store_explicit(&forked, 1, memory_order_relaxed);
+}
+
+int mkvq_py_watch_forks(void)
+{
+    static int watching;
+    if (!watching && pthread_atfork(NULL, NULL, in_child) != 0) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    watching = 1;
+    return 0;
 }
 
 static void run_in_torch(int64_t n, int64_t grain, mkvq_body body, void *ctx)

@@ -3,7 +3,7 @@
 
 mkvq_status mkvq_append(const mkvq_append_args *args, mkvq_error *error)
 {
-    const mkvq_status status = mkvq_check_append(args, error);
+    const mkvq_status status = mkvq_check_append(args, MKVQ_ON_HOST, error);
     if (status != MKVQ_OK)
         return status;
     const mkvq_view *from[2] = {&args->k_new, &args->v_new}, *to[2] = {&args->k, &args->v};

@@ -314,14 +314,14 @@ static void attend_unit(const mkvq_attend_args *a, const mkvq_attend_plan *plan,
         w.total = exact + mkvq_tokens_before(h, row, blocks);
         position += mkvq_tokens_before(h, row, begin);
     }
-    if (run == 0)
+    if (run == 0 && sinks) /* an empty buffer may have no address */
         attend_exact(&w, mkvq_at(&a->k, row, head, 0), mkvq_at(&a->v, row, head, 0), &a->k, &a->v,
                      sinks, 0);
     for (int64_t j = begin; j < end; j++) {
         const uint8_t *record = mkvq_record_at(h, row, head, j);
         position += attend_record(&w, record, mu, position, next_record(h, row, head, j));
     }
-    if (run == plan->runs - 1)
+    if (run == plan->runs - 1 && exact > sinks)
         attend_exact(&w, mkvq_at(&a->k, row, head, sinks), mkvq_at(&a->v, row, head, sinks), &a->k,
                      &a->v, exact - sinks, position);
     if (plan->runs > 1) {

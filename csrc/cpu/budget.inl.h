@@ -22,29 +22,29 @@ typedef struct {
 typedef char
     head_plan_fits_its_slot[sizeof(head_plan) == 32 && sizeof(channel_hull) == 24 ? 1 : -1];
 
-static inline head_plan *plan_at(uint8_t *slots, int64_t stride, int64_t head)
+MKVQ_FN head_plan *plan_at(uint8_t *slots, int64_t stride, int64_t head)
 {
     return (head_plan *)(void *)(slots + head * stride);
 }
 
 /* [dim] keys: upper half the bits of the gain, which order like the gain; lower half falls with the
  * channel. */
-static inline uint64_t *heap_of(head_plan *plan, int dim)
+MKVQ_FN uint64_t *heap_of(head_plan *plan, int dim)
 {
     return (uint64_t *)(void *)&plan->hull[dim];
 }
 
-static inline int channel_of(uint64_t key)
+MKVQ_FN int channel_of(uint64_t key)
 {
     return (int)(UINT32_MAX - (uint32_t)key);
 }
 
-static inline uint64_t step_key(const channel_hull *h, int channel)
+MKVQ_FN uint64_t step_key(const channel_hull *h, int channel)
 {
     return (uint64_t)mkvq_bits(h->gain[h->done]) << 32 | (UINT32_MAX - (uint32_t)channel);
 }
 
-static inline int columns_of(const int32_t *counts)
+MKVQ_FN int columns_of(const int32_t *counts)
 {
     return (counts[MKVQ_TIER_8] + 3) / 4 + (counts[MKVQ_TIER_4] + 7) / 8 +
            (counts[MKVQ_TIER_3] + counts[MKVQ_TIER_2] + 15) / 16 +
@@ -52,7 +52,7 @@ static inline int columns_of(const int32_t *counts)
 }
 
 /* The lower convex hull of (bits, cost); 0 if no tier has a finite cost. */
-static int find_hull(const float *error, float weight, channel_hull *h)
+MKVQ_FN int find_hull(const float *error, float weight, channel_hull *h)
 {
     float cost[MKVQ_TIER_EXACT];
     int n = 0; /* points kept */
@@ -76,7 +76,7 @@ static int find_hull(const float *error, float weight, channel_hull *h)
     return n > 0;
 }
 
-static void sift_down(uint64_t *heap, int n, int i)
+MKVQ_FN void sift_down(uint64_t *heap, int n, int i)
 {
     const uint64_t key = heap[i];
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -89,8 +89,8 @@ static void sift_down(uint64_t *heap, int n, int i)
 }
 
 /* All channels at their first tier; takes no part if a channel has none. */
-static void start_plan(const mkvq_codec *codec, const channel_stats *stats, const float *importance,
-                       head_plan *plan)
+MKVQ_FN void start_plan(const mkvq_codec *codec, const channel_stats *stats,
+                        const float *importance, head_plan *plan)
 {
     const int dim = codec->head_dim;
     uint64_t *heap = heap_of(plan, dim);
@@ -112,7 +112,7 @@ static void start_plan(const mkvq_codec *codec, const channel_stats *stats, cons
 }
 
 /* Takes the head's best step if it needs at most `room` more columns, and returns 1. */
-static int take_step(head_plan *plan, int dim, int64_t *room)
+MKVQ_FN int take_step(head_plan *plan, int dim, int64_t *room)
 {
     uint64_t *heap = heap_of(plan, dim);
     const int c = channel_of(heap[0]);
@@ -129,7 +129,7 @@ static int take_step(head_plan *plan, int dim, int64_t *room)
 }
 
 /* Spends the budget on the heads that take part; if not even their start fits, none does. */
-static void spend_budget(const mkvq_codec *codec, uint8_t *slots, int64_t stride, int64_t heads)
+MKVQ_FN void spend_budget(const mkvq_codec *codec, uint8_t *slots, int64_t stride, int64_t heads)
 {
     int64_t room = 0;
     for (int64_t i = 0; i < heads; i++) {
@@ -154,15 +154,15 @@ static void spend_budget(const mkvq_codec *codec, uint8_t *slots, int64_t stride
     }
 }
 
-static void plan_tiers(const head_plan *plan, int dim, uint8_t *tier)
+MKVQ_FN void plan_tiers(const head_plan *plan, int dim, uint8_t *tier)
 {
     for (int c = 0; c < dim; c++)
         tier[c] = plan->hull[c].tier[plan->hull[c].done];
 }
 
 /* Tier id of every channel of one head within its own budget; 0 if it cannot be coded. */
-static int choose_within_budget(const mkvq_codec *codec, const channel_stats *stats,
-                                const float *importance, uint8_t *slot, uint8_t *tier)
+MKVQ_FN int choose_within_budget(const mkvq_codec *codec, const channel_stats *stats,
+                                 const float *importance, uint8_t *slot, uint8_t *tier)
 {
     head_plan *plan = plan_at(slot, 0, 0);
     start_plan(codec, stats, importance, plan);

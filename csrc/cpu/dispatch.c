@@ -6,6 +6,8 @@
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 typedef struct {
@@ -19,10 +21,17 @@ static int always(void)
 }
 
 #if defined(__x86_64__)
+/* clang up to 14 has no __builtin_cpu_supports("f16c"). */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static int has_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+           __builtin_cpu_supports("bmi2");
 }
 
 static int has_avx512(void)
@@ -110,12 +119,13 @@ typedef struct {
 /* Waking a pool takes about 5 us if its threads have gone to sleep, 0.6 us if they still spin: work
  * below this many element-operations, about 20 us of one thread, stays on the calling thread. An
  * element-operation is a multiplication and addition of one lane, 0.02 to 0.05 ns with avx2. */
-#define SMALL_WORK (INT64_C(1) << 19)
+#define SMALL_WORK 0x1p19
 
 enum { SALIENCE_OPERATIONS = 4, PACK_OPERATIONS = 32, UNPACK_OPERATIONS = 8 }; /* per element */
 
-/* Runs body on `units` units that take `work` element-operations in all. */
-static void run(mkvq_executor executor, int64_t units, int64_t work, mkvq_body body, job *j)
+/* Runs body on `units` units that take `work` element-operations in all: a double, as a product of
+ * sizes may be beyond 64 bits. */
+static void run(mkvq_executor executor, int64_t units, double work, mkvq_body body, job *j)
 {
     j->kernels = mkvq_kernel_table();
     if (units <= 0)
@@ -135,13 +145,14 @@ static void salience_body(int64_t begin, int64_t end, void *ctx)
 
 mkvq_status mkvq_salience(const mkvq_salience_args *args, mkvq_error *error)
 {
-    const mkvq_status status = mkvq_check_salience(args, error);
+    const mkvq_status status = mkvq_check_salience(args, MKVQ_ON_HOST, error);
     if (status != MKVQ_OK)
         return status;
     job j = {NULL, args, args->kv_heads, NULL};
     const int64_t *shape = args->q.shape;
     run(args->executor, shape[0] * j.heads,
-        shape[0] * shape[1] * shape[2] * shape[3] * SALIENCE_OPERATIONS, salience_body, &j);
+        (double)(shape[0] * shape[1] * shape[2] * shape[3]) * SALIENCE_OPERATIONS, salience_body,
+        &j);
     return MKVQ_OK;
 }
 
@@ -164,26 +175,26 @@ static void pack_body(int64_t begin, int64_t end, void *ctx)
 
 mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error)
 {
-    const mkvq_status status = mkvq_check_pack(args, error);
+    const mkvq_status status = mkvq_check_pack(args, MKVQ_ON_HOST, error);
     if (status != MKVQ_OK)
         return status;
     const int64_t rows = args->k.shape[0], heads = args->k.shape[1];
     if (rows == 0 || heads == 0 || args->max_blocks == 0)
         return MKVQ_OK;
-    const int64_t block = (int64_t)args->codec->block_length * args->codec->head_dim *
-                          (2 * PACK_OPERATIONS); /* work */
+    const double block = (double)args->codec->block_length * args->codec->head_dim *
+                         (2 * PACK_OPERATIONS); /* work */
     const int layer = args->codec->allocate == MKVQ_ALLOCATE_LAYER;
     job j = {NULL, args, layer ? 1 : heads, NULL};
     if (mkvq_has_reference(args->codec)) {
         int64_t unknown = 0;
         for (int64_t i = 0; i < rows * heads; i++)
             unknown += !args->has_mu[i] && args->blocks[i / heads] > 0;
-        run(args->executor, rows * j.heads, unknown * block, pack_reference_body, &j);
+        run(args->executor, rows * j.heads, (double)unknown * block, pack_reference_body, &j);
     }
     int64_t blocks = 0;
     for (int64_t b = 0; b < rows; b++)
         blocks += args->blocks[b] * heads;
-    run(args->executor, rows * j.heads * args->max_blocks, blocks * block, pack_body, &j);
+    run(args->executor, rows * j.heads * args->max_blocks, (double)blocks * block, pack_body, &j);
     return MKVQ_OK;
 }
 
@@ -209,54 +220,15 @@ static void unpack_body(int64_t begin, int64_t end, void *ctx)
 
 mkvq_status mkvq_unpack(const mkvq_unpack_args *args, mkvq_error *error)
 {
-    const mkvq_status status = mkvq_check_unpack(args, error);
+    const mkvq_status status = mkvq_check_unpack(args, MKVQ_ON_HOST, error);
     if (status != MKVQ_OK)
         return status;
     const mkvq_history *h = args->history;
     job j = {NULL, args, h->kv_heads, NULL};
     run(args->executor, h->batch * j.heads,
-        count_tokens(h, NULL) * h->kv_heads * h->head_dim * (2 * UNPACK_OPERATIONS), unpack_body,
-        &j);
+        (double)count_tokens(h, NULL) * h->kv_heads * h->head_dim * (2 * UNPACK_OPERATIONS),
+        unpack_body, &j);
     return MKVQ_OK;
-}
-
-/* A unit is a tile of query rows over a run of blocks. Runs exist to give all threads work where
- * there are few heads, and are no shorter than merging them is worth. */
-#define ATTEND_UNITS 96
-#define RUN_BLOCKS 8
-
-static mkvq_attend_plan plan_attend(const mkvq_attend_args *a)
-{
-    const mkvq_history *h = a->history;
-    const int64_t rows = a->q.shape[1] / h->kv_heads * a->q.shape[2];
-    mkvq_attend_plan plan = {(rows + MKVQ_TILE_ROWS - 1) / MKVQ_TILE_ROWS, 1, 1};
-    int64_t most = 0;
-    for (int64_t b = 0; b < h->batch; b++)
-        most = h->blocks[b] > most ? h->blocks[b] : most;
-    const int64_t units = h->batch * h->kv_heads * plan.tiles;
-    if (units > 0) {
-        const int64_t wanted = (ATTEND_UNITS + units - 1) / units,
-                      runs = (most + RUN_BLOCKS / 2) / RUN_BLOCKS;
-        plan.rows = (rows + plan.tiles - 1) / plan.tiles;
-        plan.runs = runs < 2 ? 1 : runs < wanted ? runs : wanted;
-    }
-    return plan;
-}
-
-static int64_t partial_floats(const mkvq_attend_args *a, const mkvq_attend_plan *plan)
-{
-    return plan->rows * (2 + a->q.shape[3]);
-}
-
-int64_t mkvq_attend_workspace(const mkvq_attend_args *args)
-{
-    const mkvq_history *h = args->history;
-    if (h->kv_heads < 1 || args->q.shape[1] < h->kv_heads)
-        return 0;
-    const mkvq_attend_plan plan = plan_attend(args);
-    return plan.runs == 1 ? 0
-                          : h->batch * h->kv_heads * plan.tiles * plan.runs *
-                                partial_floats(args, &plan) * (int64_t)sizeof(float);
 }
 
 static void attend_body(int64_t begin, int64_t end, void *ctx)
@@ -268,29 +240,29 @@ static void attend_body(int64_t begin, int64_t end, void *ctx)
         const int64_t tile = u / plan->runs, head = tile / plan->tiles;
         j->kernels->attend(
             a, plan, head / j->heads, head % j->heads, tile % plan->tiles, u % plan->runs,
-            plan->runs > 1 ? (float *)a->workspace + u * partial_floats(a, plan) : NULL);
+            plan->runs > 1 ? (float *)a->workspace + u * mkvq_partial_floats(a, plan) : NULL);
     }
 }
 
 mkvq_status mkvq_attend(const mkvq_attend_args *args, mkvq_error *error)
 {
-    const mkvq_status status = mkvq_check_attend(args, error);
+    const mkvq_status status = mkvq_check_attend(args, MKVQ_ON_HOST, error);
     if (status != MKVQ_OK)
         return status;
-    mkvq_attend_plan plan = plan_attend(args);
+    mkvq_attend_plan plan = mkvq_plan_attend(args);
     if (!args->workspace)
         plan.runs = 1;
     job j = {NULL, args, args->history->kv_heads, &plan};
     const int64_t tiles = args->history->batch * j.heads * plan.tiles;
     run(args->executor, tiles * plan.runs,
-        count_tokens(args->history, args->exact) * args->q.shape[1] * args->q.shape[2] *
-            (2 * args->q.shape[3]),
+        (double)count_tokens(args->history, args->exact) *
+            (double)(args->q.shape[1] * args->q.shape[2]) * (double)(2 * args->q.shape[3]),
         attend_body, &j);
     for (int64_t t = 0; plan.runs > 1 && t < tiles; t++) {
         const int64_t head = t / plan.tiles;
         j.kernels->merge(args, &plan, head / j.heads, head % j.heads, t % plan.tiles,
                          (const float *)args->workspace +
-                             t * plan.runs * partial_floats(args, &plan));
+                             t * plan.runs * mkvq_partial_floats(args, &plan));
     }
     return MKVQ_OK;
 }

@@ -17,7 +17,7 @@ typedef struct {
     float low, high;
 } group_range;
 
-static inline group_range find_range(const float *x, int n)
+MKVQ_BODY inline group_range find_range(const float *x, int n)
 {
     vf low = vf_load(x), high = low;
     for (int i = 8; i < n; i += 8) {
@@ -28,7 +28,7 @@ static inline group_range find_range(const float *x, int n)
 }
 
 /* Step 2: rounds scale and offset to their stored form; 0 if they do not fit. */
-static inline int fit(float range, float low, int bits, int metadata, group_code *g)
+MKVQ_BODY inline int fit(float range, float low, int bits, int metadata, group_code *g)
 {
     const float raw = range / (float)((1 << bits) - 1);
     low += 0.0f; /* -0 counts as +0 */
@@ -59,9 +59,9 @@ static inline int fit(float range, float low, int bits, int metadata, group_code
 
 /* Step 3, as whole floats: division, clamp, round (clamping first changes nothing and keeps the
  * rounding small). */
-static inline vf codes_of(vf x, const group_code *g)
+MKVQ_BODY inline vf codes_of(vf x, const group_code *g)
 {
-    const vf z = vf_div(vf_sub(x, vf_set1(g->offset)), vf_set1(g->scale));
+    const vf z = vf_quotient(vf_sub(x, vf_set1(g->offset)), g->scale);
     return vf_round(vf_min(vf_max(z, vf_set1(0.0f)), vf_set1(g->limit)));
 }
 
@@ -71,7 +71,7 @@ typedef struct {
     float weight; /* of the error along the group, beyond its squared error */
 } group_moments;
 
-static inline group_moments find_moments(const float *x, int n, int rule)
+MKVQ_BODY inline group_moments find_moments(const float *x, int n, int rule)
 {
     vf sum = vf_set1(0.0f), squares = sum;
     for (int i = 0; i < n; i += 8)
@@ -85,7 +85,7 @@ static inline group_moments find_moments(const float *x, int n, int rule)
 }
 
 /* Step 4: squared error, and more for its part along the group, which does not average out. */
-static inline float weighted_error(const float *x, int n, const group_code *g, group_moments m)
+MKVQ_BODY inline float weighted_error(const float *x, int n, const group_code *g, group_moments m)
 {
     vf squares = vf_set1(0.0f), along = squares;
     for (int i = 0; i < n; i += 8) {
@@ -98,43 +98,30 @@ static inline float weighted_error(const float *x, int n, const group_code *g, g
     return vf_sum(squares) + m.weight * (m.energy > 0.0f ? a / m.energy * a : 0.0f);
 }
 
-/* Sums of docs/format.md section 4 from the eight partial sums of every lane. */
-static inline vf combine_sums(const vf x[8])
-{
-    return vf_add(vf_add(vf_add(x[0], x[4]), vf_add(x[2], x[6])),
-                  vf_add(vf_add(x[1], x[5]), vf_add(x[3], x[7])));
-}
-
-/* Lane i: vf_sum of x[i]. */
-static inline vf sums_of(vf x[8])
-{
-    vf_transpose(x);
-    return combine_sums(x);
-}
-
 /* ---- search ---------------------------------------------------------------------------------- */
 /* Step 1; the last ratio fills up the row. */
-static const float search_ratios[5][8] = {{1, .9f, .8f, .7f, .6f, .5f, .4f, .4f},
-                                          {1, .92f, .84f, .76f, .68f, .6f, .52f, .44f},
-                                          {1, .93f, .86f, .79f, .72f, .65f, .65f, .65f},
-                                          {1, .94f, .88f, .8f, .8f, .8f, .8f, .8f},
-                                          {1, 1, 1, 1, 1, 1, 1, 1}};
+MKVQ_TABLE float search_ratios[5][8] = {{1, .9f, .8f, .7f, .6f, .5f, .4f, .4f},
+                                        {1, .92f, .84f, .76f, .68f, .6f, .52f, .44f},
+                                        {1, .93f, .86f, .79f, .72f, .65f, .65f, .65f},
+                                        {1, .94f, .88f, .8f, .8f, .8f, .8f, .8f},
+                                        {1, 1, 1, 1, 1, 1, 1, 1}};
 
-static inline const float *ratios_of(int bits)
+MKVQ_BODY inline const float *ratios_of(int bits)
 {
     return search_ratios[bits == 8 ? 4 : bits - 1];
 }
 
 /* The candidates one by one. */
-static int search_all(const float *x, int n, group_range r, int bits, int metadata, int rule,
-                      group_code *best)
+MKVQ_BODY int search_all(const float *x, int n, group_range r, int bits, int metadata, int rule,
+                         group_code *best)
 {
     const float middle = (r.high + r.low) * 0.5f, half = (r.high - r.low) * 0.5f;
     const group_moments moments = find_moments(x, n, rule);
     int found = 0, scale = -1, offset = 0; /* as the candidate before has them stored */
     for (int i = 0; i < 8 && (i == 0 || ratios_of(bits)[i] < ratios_of(bits)[i - 1]); i++) {
         const float ratio = ratios_of(bits)[i];
-        group_code g = {0};
+        group_code g;
+        g.inverse = g.shift = 0.0f;
         if (!fit(2.0f * ratio * half, middle - ratio * half, bits, metadata, &g))
             continue;
         if (g.scale_bits == scale && g.offset_bits == offset)
@@ -151,8 +138,8 @@ static int search_all(const float *x, int n, group_range r, int bits, int metada
 
 /* Chooses scale and offset of a group whose minimum and maximum are `r`; 0 if nothing fits.
  * `error` is set when asked for. */
-static int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule,
-                      int need_error, group_code *best)
+MKVQ_BODY int code_group(const float *x, int n, group_range r, int bits, int metadata, int rule,
+                         int need_error, group_code *best)
 {
     const int search = rule != MKVQ_RANGE_MINMAX;
     best->inverse = best->shift = 0.0f;

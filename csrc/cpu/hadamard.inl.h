@@ -6,7 +6,7 @@
  * which stay in registers. */
 
 /* Strides from 1 to 4 * vectors, of 8 * vectors channels. */
-static MKVQ_INLINE void transform_part(float *x, const int vectors)
+MKVQ_BODY MKVQ_INLINE void transform_part(float *x, const int vectors)
 {
     vf y[8];
     MKVQ_UNROLL(8)
@@ -31,7 +31,7 @@ static MKVQ_INLINE void transform_part(float *x, const int vectors)
         vf_store(x + 8 * i, y[i]);
 }
 
-static void hadamard(float *x, int n)
+MKVQ_BODY void hadamard(float *x, int n)
 {
     static const float scale[] = {0x1.6a09e6p-2f, 0.25f,  0x1.6a09e6p-3f, 0.125f,
                                   0x1.6a09e6p-4f, 0.0625f}; /* 2^(-p/2), p = 3 ... 8 */
@@ -52,7 +52,10 @@ static void hadamard(float *x, int n)
                 vf_store(x + i, vf_add(a, b));
                 vf_store(x + i + stride, vf_sub(a, b));
             }
-    const vf s = vf_set1(scale[__builtin_ctz((unsigned)run) - 3]);
+    int power = 0;
+    while (8 << power < run)
+        power++;
+    const vf s = vf_set1(scale[power]);
     for (int c = 0; c < n; c += 8)
         vf_store(x + c, vf_mul(vf_load(x + c), s));
 }

@@ -3,6 +3,11 @@
 #include "../core.h"
 #include <float.h>
 
+#define MKVQ_LEADS 1 /* this thread has all lanes of a vector */
+
+/* x by the scale of a group: cuda/octet.h has another way */
+#define vf_quotient(x, scale) vf_div(x, vf_set1(scale))
+
 #include "load.inl.h"
 
 #include "hadamard.inl.h"
@@ -11,9 +16,13 @@
 
 #include "search.inl.h"
 
+#include "measure.inl.h"
+
 #include "tiers.inl.h"
 
 #include "budget.inl.h"
+
+#include "metadata.inl.h"
 
 #include "pack.inl.h"
 

@@ -76,14 +76,6 @@ static int find_reference(const block_source *s, float *panel, uint16_t *half, f
     return 1;
 }
 
-static inline void put_metadata(uint8_t *plane, int64_t index, int metadata, uint16_t bits)
-{
-    if (metadata == MKVQ_META_FP16_FP16)
-        memcpy(plane + 2 * index, &bits, 2);
-    else
-        plane[index] = (uint8_t)bits;
-}
-
 static inline void put_bits(uint32_t *words, vi bits)
 {
     vi_store(words, vi_or(vi_load(words), bits));

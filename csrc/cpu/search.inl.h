@@ -89,6 +89,20 @@ static inline search_sums try_candidate(const float *x, const float *y, int n,
                          vf_min(a.least, b.least)};
 }
 
+/* Sums of docs/format.md section 4 from the eight partial sums of every lane. */
+static inline vf combine_sums(const vf x[8])
+{
+    return vf_add(vf_add(vf_add(x[0], x[4]), vf_add(x[2], x[6])),
+                  vf_add(vf_add(x[1], x[5]), vf_add(x[3], x[7])));
+}
+
+/* Lane i: vf_sum of x[i]. */
+static inline vf sums_of(vf x[8])
+{
+    vf_transpose(x);
+    return combine_sums(x);
+}
+
 /* Middle and half of the range; y = x - mean, the mean summed as section 4 wants; energy of y. */
 static vf center(const float *x, float *y, int n, vf *middle, vf *half)
 {
@@ -182,6 +196,8 @@ static unsigned search_octet(const float *const *rows, int n, int bits, int rule
         if ((close & (close - 1)) || !(least > 0x1p-90f && least < 0x1p100f) ||
             (uncertain[i] >> lane & 1))
             done &= ~(1u << lane);
+        if (!(done >> lane & 1))
+            continue; /* for code_group: steps found here need not fit a byte */
         group_code *g = best + lane;
         g->scale = scale[i][lane], g->offset = offset[i][lane];
         g->scale_bits = (uint16_t)((mkvq_bits(g->scale) >> 20) - MKVQ_E5M3_BIAS);

@@ -1,22 +1,5 @@
 /* unpack.inl.h - records back to tokens: value = float32(code * scale) + offset, plus mu, or
  * rotated back; then rounded to the caller's dtype. */
-static inline float get_metadata(const uint8_t *plane, int64_t index, int metadata)
-{
-    uint16_t half;
-    if (metadata == MKVQ_META_E5M3_INT8)
-        return mkvq_e5m3_value(plane[index]);
-    memcpy(&half, plane + 2 * index, 2);
-    return mkvq_f16_to_f32(half);
-}
-
-static inline float get_offset(const uint8_t *plane, int64_t index, int metadata, float scale,
-                               int bits)
-{
-    if (metadata == MKVQ_META_E5M3_INT8)
-        return (float)(int8_t)plane[index] * mkvq_offset_unit(scale, bits);
-    return get_metadata(plane, index, metadata);
-}
-
 /* x[i] = code * scale + offset of n elements; `words`, `length`, `at` as in put_codes. */
 static inline void get_values(const uint32_t *words, int64_t length, int at, mkvq_code_place place,
                               float *x, int n, float scale, float offset)

@@ -296,11 +296,11 @@ static inline vi vi_dot8_total(vi sum)
     return sum;
 }
 
-/* 2^n of whole floats -126 <= n <= 127 */
+/* 2^n of whole floats -126 <= n <= 127; anything of NaN */
 static inline vf vf_pow2(vf n)
 {
     vf r;
-    LANES(i) r.lane[i] = mkvq_float((uint32_t)((int32_t)n.lane[i] + 127) << 23);
+    LANES(i) r.lane[i] = mkvq_float((mkvq_bits(n.lane[i] + 12582912.0f) + 127) << 23);
     return r;
 }
 

@@ -23,13 +23,13 @@ class History:
 
     Attributes
     ----------
-    layer : ops.Layer
+    layer : ops.Handle
     tokens : int
     nbytes : int
         Bytes of the records and the exact window.
     """
 
-    layer: ops.Layer
+    layer: ops.Handle
     tokens: int
     nbytes: int
 

@@ -42,7 +42,7 @@ def formulations(group: int) -> dict[str, Attention]:
     return {AS_USED: _as_used, "sdpa rows": _rows, "matmul": _matmul}
 
 
-def window(k: Tensor, v: Tensor) -> ops.Layer:
+def window(k: Tensor, v: Tensor) -> ops.Handle:
     """The core's attention over plain keys and values [1, H, N, D]: a layer whose tokens are all in the window."""
     _, heads, tokens, _ = k.shape
     none = torch.zeros(1, dtype=torch.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._core import inspect
 from ..eval.bits import bits_of, true_bits
 from ..eval.forced import forced_logits, kl_divergence
 from ..eval.kl import Protocol
 from ..eval.replay import Prefill
 from ..eval.stats import stretches
 from ..eval.texts import Window, windows
+from ..eval.tiers import records
+from ..sizes import MeasuredRecords
 
 Doubles = NDArray[np.float64]
 
@@ -36,6 +39,8 @@ class Measured:
     """KL divergence in nats, means over stretches of positions."""
     true_bits: float
     """0 where nothing is packed."""
+    records: Mapping[int, MeasuredRecords]
+    """Of every layer that has any."""
 
     @property
     def kl(self) -> float:
@@ -72,10 +77,22 @@ class Readings:
 
     def measure(self, make: Callable[[], Any]) -> Measured:
         """Compare caches, one per window, with the exact one; ``make`` gives an empty `MixKVQCache`."""
-        kl, bits = [], []
+        kl, bits, caches = [], [], []
         for ids, prefill, exact in self._read:
             cache = make()
             other = forced_logits(self.model, ids, prefill, cache, self.protocol.ends)
             kl.append(torch.cat([kl_divergence(p, q) for p, q in zip(exact, other, strict=True)]).numpy())
             bits.append(bits_of(cache))
-        return Measured(stretches(kl), true_bits(bits) or 0.0)
+            caches.append(cache)
+        return Measured(stretches(kl), true_bits(bits) or 0.0, measure_records(caches, self.model.dtype))
+
+
+def measure_records(caches: Iterable[Any], dtype: torch.dtype) -> dict[int, MeasuredRecords]:
+    """Mean length and exact channels of the records of every layer that has any; ``dtype`` is the model's."""
+    found = dict[int, list[tuple[int, int]]]()
+    for cache in caches:
+        for index, layer in enumerate(cache.layers):
+            for _, record in records(layer):
+                found.setdefault(index, []).append((len(record), inspect(record)["channels"][-1]))
+    name = str(dtype).removeprefix("torch.")
+    return {index: MeasuredRecords(name, *np.mean(lengths, axis=0).tolist()) for index, lengths in found.items()}

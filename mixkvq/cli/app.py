@@ -74,6 +74,28 @@ def _generate(
     generate(prompt, GenerateOptions(model, preset, max_new_tokens, temperature, seed, dtype, threads, report))
 
 
+@app.command("estimate")
+def _estimate(
+    tokens: Annotated[int, typer.Option(help="Read and generated, per row.")],
+    model: Annotated[str, _MODEL] = SMOLLM2.name,
+    batch: Annotated[int, typer.Option(help="Rows; beams count as rows.")] = 1,
+    preset: Annotated[str | None, typer.Option(help="One preset.", show_default="all")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: of the model.")] = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `mixkvq calibrate` wrote; for the preset that it is for.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 8GB or 500MiB: also tell how many rows or tokens fit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a cache will take with every preset; from the configuration alone, no weights are loaded."""
+    from .estimate import EstimateOptions, estimate_command
+
+    options = EstimateOptions(model, tokens, batch, preset, dtype, calibration, memory, as_json)
+    estimate_command(options, Console())
+
+
 @app.command("calibrate")
 def _calibrate(
     model: Annotated[str, _MODEL] = SMOLLM2.name,
@@ -86,7 +108,9 @@ def _calibrate(
     max_bits: Annotated[
         float | None, typer.Option(help="paper: take the trial with the least KL within this many true bits.")
     ] = None,
-    trials: Annotated[int, typer.Option(help="paper: pairs of thresholds to try, earlier ones counted.")] = 30,
+    trials: Annotated[
+        int, typer.Option(help="paper: pairs of thresholds to try, earlier ones counted; 0 only measures the preset's.")
+    ] = 30,
     highest: Annotated[
         float, typer.Option(help="paper: largest threshold to try; the published range ends at 2.")
     ] = 2.0,

@@ -16,6 +16,7 @@ from ..config import MixKVQConfig
 from ..errors import UserError
 from ..files import whole_file
 from ..fingerprint import fingerprint, identity
+from ..sizes import records_summary
 from ..version import __version__
 from .display import Display
 from .evaluate.lists import names as domain_names
@@ -50,7 +51,7 @@ class CalibrateOptions:
             raise UserError(f"--preset is {self.preset}, which has nothing to calibrate")
         if config.allocate != "threshold" and (self.target_bits is not None or self.max_bits is not None):
             raise UserError(f"--target-bits and --max-bits are for thresholds; {self.preset} has none")
-        for name, low in (("trials", 1), ("windows", 1), ("threads", 1), ("sink", 0), ("seed", 0)):
+        for name, low in (("trials", 0), ("windows", 1), ("threads", 1), ("sink", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name} is {value}, must be at least {low}")
@@ -102,6 +103,8 @@ def calibrate(options: CalibrateOptions, console: Console) -> int:
         return _profile(options, console, readings, held_out, count)
     if options.target_bits is not None:
         return _scale(options, console, readings, count)
+    if options.trials == 0:
+        return _measure(options, console, readings, count, config.thresholds, {})
     return _search(options, console, readings, count)
 
 
@@ -110,12 +113,40 @@ def _write(options: CalibrateOptions, made: Calibration, summary: Mapping[str, A
         file.write_text(replace(made, summary={**summary, "made_by": f"mixkvq {__version__}"}).to_json())
 
 
-def _thresholds(options: CalibrateOptions, model: Any, pair: tuple[float, float]) -> Calibration:
-    return Calibration(fingerprint(model.config), options.preset, {**options.fields, "thresholds": list(pair)})
+def _measure(
+    options: CalibrateOptions,
+    console: Console,
+    readings: Any,
+    count: str,
+    pair: tuple[float, float],
+    more: Mapping[str, Any],
+) -> int:
+    """Measure a pair of thresholds and write it, with ``more`` in the summary."""
+    from ..cache import MixKVQCache
+
+    chosen = options.config.replace(thresholds=pair)
+    measured = readings.measure(lambda: MixKVQCache(chosen, config=readings.model.config))
+    code_bits = f"{more['key_code_bits']:.4f} bits per key code, " if "key_code_bits" in more else ""
+    console.print(
+        f"thresholds ({pair[0]:.4f}, {pair[1]:.4f}): {code_bits}{measured.true_bits:.3f} true bits, "
+        f"KL {measured.kl:.4f} nats on {count}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    summary = {
+        **more,
+        "true_bits": measured.true_bits,
+        "kl_nats": measured.kl,
+        "texts": count,
+        "records": records_summary(measured.records),
+    }
+    fields = {**options.fields, "thresholds": list(pair)}
+    _write(options, Calibration(fingerprint(readings.model.config), options.preset, fields), summary)
+    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _scale(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
-    from ..cache import MixKVQCache
     from ..calibrate.thresholds import scale_thresholds
 
     config = options.config
@@ -124,24 +155,7 @@ def _scale(options: CalibrateOptions, console: Console, readings: Any, count: st
             found = scale_thresholds(readings.model, readings.prefills, config, float(options.target_bits or 0))
         except ValueError as error:
             raise UserError(f"--target-bits: {error}") from error
-    chosen = config.replace(thresholds=found.thresholds)
-    measured = readings.measure(lambda: MixKVQCache(chosen, config=readings.model.config))
-    high, low = found.thresholds
-    console.print(
-        f"thresholds ({high:.4f}, {low:.4f}): {found.code_bits:.4f} bits per key code, {measured.true_bits:.3f} true "
-        f"bits, KL {measured.kl:.4f} nats on {count}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    summary = {
-        "key_code_bits": found.code_bits,
-        "true_bits": measured.true_bits,
-        "kl_nats": measured.kl,
-        "texts": count,
-    }
-    _write(options, _thresholds(options, readings.model, found.thresholds), summary)
-    console.print(f"Calibration: {options.out}", highlight=False, soft_wrap=True)
-    return 0
+    return _measure(options, console, readings, count, found.thresholds, {"key_code_bits": found.code_bits})
 
 
 def _search(options: CalibrateOptions, console: Console, readings: Any, count: str) -> int:
@@ -176,14 +190,9 @@ def _search(options: CalibrateOptions, console: Console, readings: Any, count: s
     figure = options.out.with_suffix(".png")
     pareto_figure(figure, trials, front, chosen, f"{options.model}: thresholds of `paper`, {len(trials)} trials")
     rule = "least KL within --max-bits" if options.max_bits is not None else "least KL x true bits"
-    summary = {"true_bits": chosen.true_bits, "kl_nats": chosen.kl, "texts": count, "trials": len(trials), "rule": rule}
-    _write(options, _thresholds(options, readings.model, chosen.thresholds), summary)
-    console.print(
-        f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}\nCalibration: {options.out}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 0
+    console.print(f"Chosen by: {rule}\nFigure: {figure}\nStudy: {journal}", highlight=False, soft_wrap=True)
+    more = {"trials": len(trials), "rule": rule}
+    return _measure(options, console, readings, count, chosen.thresholds, more)
 
 
 def _profile(options: CalibrateOptions, console: Console, readings: Any, held_out: Any, count: str) -> int:

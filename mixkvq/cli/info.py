@@ -69,6 +69,25 @@ def _torch_module() -> str:
     return "present"
 
 
+def _cuda_module() -> str:
+    """Whether the CUDA kernels are there, and what there is to run them."""
+    if find_spec("mixkvq._cuda") is None:
+        return "absent (installed where nvcc was not found, or with MIXKVQ_CUDA=off)"
+    try:
+        from .. import _cuda
+
+        driver = _cuda.versions()[1]
+        devices = _cuda.devices() if driver else []
+    except (ImportError, OSError) as error:
+        return f"NOT USABLE: {error}"
+    except RuntimeError as error:
+        return f"present, but no device can be used: {error}"
+    if not driver:
+        return "present; this machine has no CUDA driver"
+    names = [f"{name} (sm_{major}{minor}, {memory / 2**30:.0f} GiB)" for name, major, minor, memory in devices]
+    return f"present; driver of CUDA {driver // 1000}.{driver % 1000 // 10}; devices: {', '.join(names) or 'none'}"
+
+
 def _torch() -> dict[str, Any]:
     try:
         import torch
@@ -93,6 +112,7 @@ def collect() -> dict[str, Any]:
         "mixkvq": __version__,
         "folder": str(Path(__file__).resolve().parents[1]),
         **_core(),
+        "mixkvq._cuda": _cuda_module(),
         "Python": f"{platform.python_version()} ({sys.executable})",
         "NumPy": _version("numpy"),
         **_torch(),

@@ -22,12 +22,11 @@ from ..errors import UserError
 from ..eval.memory import cache_nbytes
 from ..eval.models import DTYPES, load, quiet
 from ..report import LayerReport, Report
+from ..shapes import model_class
 from .text import text_ids
 
 NEW_TOKENS = 8
 _TOKENS = 512
-_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq")
-_AUTO_WITH_ENCODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
 _HEARD: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "input_features": lambda config: (config.num_mel_bins, 2 * config.max_source_positions),  # a spectrogram
     "input_values": lambda config: (getattr(config, "sampling_rate", 16000),),  # a second of samples
@@ -221,7 +220,7 @@ def _load(options: ModelInfoOptions) -> tuple[Any, Any, str]:
         raise UserError(f"--model is {options.model!r}, which has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        auto = _auto(config)
+        auto = model_class(config)
         if any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
             model = auto.from_pretrained(folder, dtype=options.dtype)
             weights = "weights of the folder"
@@ -232,18 +231,6 @@ def _load(options: ModelInfoOptions) -> tuple[Any, Any, str]:
         needed = "must be a folder with a language model that transformers knows"
         raise UserError(f"--model is {options.model!r}, {needed} ({_first_line(error)})") from error
     return model.eval(), _tokenizer(folder), weights
-
-
-def _auto(config: Any) -> Any:
-    """The class that makes a model of this configuration that continues text: an auto class, or the model's own.
-
-    Where there is none it is an auto class, which says so.
-    """
-    names = _AUTO_WITH_ENCODER if config.is_encoder_decoder else _AUTO
-    autos = [getattr(transformers, name) for name in names]
-    owns = [getattr(transformers, name, None) for name in config.architectures or ()]
-    known = [auto for auto in autos if type(config) in auto._model_mapping]
-    return next(iter([*known, *(own for own in owns if hasattr(own, "generate"))]), autos[0])
 
 
 def _tokenizer(folder: Path) -> Any:

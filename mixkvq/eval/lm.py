@@ -72,7 +72,7 @@ class MixKVQLM(HFLM):  # type: ignore[misc]
     emit : callable, optional
         Told of ("chunk", (done, total)) requests.
     device : str
-        Blocks are packed on the CPU only.
+        Of the model: the CPU, or a CUDA device with kernels; elsewhere nothing is packed.
     batch_size : int
         Prompts that are continued together; "auto" is not offered.
     **options

@@ -65,7 +65,30 @@ def load(
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        known = f"a folder with config.json, a name on a model hub, or one of {', '.join(CHECKPOINTS)}"
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--model is {name!r}, must be {known} ({first})") from error
+        raise _unknown(name, error) from error
     return model.eval(), tokenizer
+
+
+def load_config(name: str, say: Callable[[str], None] = lambda text: None) -> Any:
+    """The configuration of a model, as `load` finds it; no weights are read once a checkpoint is converted.
+
+    Raises
+    ------
+    UserError
+        When there is none.
+    """
+    quiet()
+
+    from transformers import AutoConfig
+
+    where = str(CHECKPOINTS[name].convert(say)) if name in CHECKPOINTS else name
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise _unknown(name, error) from error
+
+
+def _unknown(name: str, error: Exception) -> UserError:
+    known = f"a folder with config.json, a name on a model hub, or one of {', '.join(CHECKPOINTS)}"
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"--model is {name!r}, must be {known} ({first})")

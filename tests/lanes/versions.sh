@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 tests=(tests/test_agreement.py tests/test_cache_*.py tests/test_cli_generate.py tests/test_cli_score.py
     tests/test_handle.py tests/test_hook.py tests/test_lookup.py tests/test_matrix.py tests/test_proof.py
-    tests/test_reasons.py)
+    tests/test_reasons.py tests/test_saving*.py)
 
 fail() {
     echo "versions lane: $*" >&2

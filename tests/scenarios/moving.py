@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from mixkvq import MixKVQCache
+from mixkvq import MixKVQCache, compat
 
 from .case import Case, scenario
 
@@ -170,6 +173,47 @@ def deep_copies(case: Case) -> None:
 @scenario()
 def pickles(case: Case) -> None:
     _copied(case, lambda cache: pickle.loads(pickle.dumps(cache)))
+
+
+@scenario()
+def saved_and_loaded(case: Case) -> None:
+    """The model is checked in the first attention call, if that is seen."""
+
+    def loaded(cache):
+        if isinstance(cache, EncoderDecoderCache):
+            both = EncoderDecoderCache(loaded(cache.self_attention_cache), copy.deepcopy(cache.cross_attention_cache))
+            both.is_updated = dict(cache.is_updated)
+            return both
+        if not isinstance(cache, MixKVQCache):
+            return copy.deepcopy(cache)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "cache.safetensors"
+            try:
+                cache.save(file)
+            except ValueError as error:
+                if "cache_utils can be saved" in str(error):
+                    pytest.skip("layers of the model's own cannot be saved")
+                raise
+            seen = case.family.hooked <= compat.VERSION and "dequantized" not in case.family.paths(case.attention)
+            other = MixKVQCache.load(file, None if seen else case.model.config)
+            MixKVQCache.load(file).save(file.with_suffix(".again"))
+            assert file.read_bytes() == file.with_suffix(".again").read_bytes()
+        assert [layer.true_bits for layer in other.report().layers] == [b.true_bits for b in cache.report().layers]
+        return other
+
+    _copied(case, loaded)
+
+
+@scenario()
+def forks(case: Case) -> None:
+    def forked(cache):
+        if isinstance(cache, EncoderDecoderCache):
+            both = copy.deepcopy(cache)
+            both.self_attention_cache = forked(cache.self_attention_cache)
+            return both
+        return cache.fork(2)[1] if isinstance(cache, MixKVQCache) else copy.deepcopy(cache)
+
+    _copied(case, forked)
 
 
 @scenario()
