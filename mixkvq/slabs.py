@@ -47,7 +47,8 @@ class RecordTable(OrdinaryCopies):
     """
 
     def __init__(self, batch: int, heads: int, device: torch.device, *, offload: bool = False) -> None:
-        self.device, self.pinned = device, offload and device.type == "cuda"
+        self._readers = _Readers.of(device, offload)  # before the slabs: Python lets go of attributes in this order
+        self.device = device
         self.slabs: list[torch.Tensor] = []
         self._widths: list[int] = []  # bytes of a record of each slab, 0 where they differ
         self._longest: list[int] = []  # bytes of the longest record of each slab
@@ -65,9 +66,10 @@ class RecordTable(OrdinaryCopies):
         # records must be on 64-byte boundaries, which not every way of loading a tensor gives; copies are not pinned
         self.slabs = [slab if self._usable(slab) else self._copied(slab) for slab in self.slabs]
 
-    def __del__(self) -> None:
-        if self.__dict__.get("pinned") and self.slabs and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize(self.device)  # kernels may still read what others will write to next
+    @property
+    def pinned(self) -> bool:
+        """Whether records are in pinned host memory."""
+        return self._readers is not None
 
     def _usable(self, slab: torch.Tensor) -> bool:
         return slab.data_ptr() % ALIGNMENT == 0 and (not self.pinned or slab.is_pinned())
@@ -84,7 +86,7 @@ class RecordTable(OrdinaryCopies):
     @outside_autograd
     def move(self, device: torch.device, *, offload: bool = False) -> None:
         """Have the records read on another device, from its memory or from pinned host memory."""
-        self.device, self.pinned = device, offload and device.type == "cuda"
+        self._readers, self.device = _Readers.of(device, offload), device
         self.slabs = [self._copied(slab) for slab in self.slabs]
         self._addresses, self._fresh = None, False
 
@@ -156,8 +158,8 @@ class RecordTable(OrdinaryCopies):
     def _sweep(self) -> None:
         """Drop slabs without a live record; rewrite those in which less than half of the bytes are live."""
         self._fresh = False
-        if self.pinned:
-            torch.cuda.synchronize(self.device)  # as in __del__
+        if self._readers:
+            self._readers.wait()
         live, sizes = self.distinct()
         slab_of = live >> SHIFT
         used = torch.zeros(len(self.slabs), dtype=torch.int64, device=live.device).index_add(0, slab_of, sizes).tolist()
@@ -310,6 +312,26 @@ class RecordTable(OrdinaryCopies):
     def tensors(self) -> list[torch.Tensor]:
         """All tensors held."""
         return [self.place, self.blocks, *self.slabs, *(self._addresses or ())]
+
+
+class _Readers:
+    """The kernels that may still read pinned slabs when these are let go and others will write to the memory next.
+
+    An object of its own, so that tables without such slabs have no `__del__`: Python ignores a Ctrl-C that comes there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @classmethod
+    def of(cls, device: torch.device, offload: bool) -> _Readers | None:
+        return cls(device) if offload and device.type == "cuda" else None
+
+    def wait(self) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self.device)
+
+    __del__ = wait
 
 
 def pinned_memory(nbytes: int) -> torch.Tensor:

@@ -214,7 +214,7 @@ def sweep(name: str, first: int, step: int) -> tuple[int, int, int]:
     return moments[0], tried, emptied
 
 
-@pytest.mark.parametrize(("name", "step"), zip(PASSES, (97, 23, 31, 37), strict=True))
+@pytest.mark.parametrize(("name", "step"), list(zip(PASSES, (97, 23, 31, 37), strict=True)))
 def test_ctrl_c_now_and_then(name, step):
     moments, tried, emptied = sweep(name, 3, step)
     print(name, moments, tried, emptied)

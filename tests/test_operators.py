@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import pickle
+import weakref
 
 import one_layer
 import pytest
@@ -230,6 +231,7 @@ class Host:
         self.addresses, self.waits = set(), 0
         monkeypatch.setattr(slabs, "pinned_memory", self.take)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.addresses)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
 
     def take(self, nbytes):
@@ -245,7 +247,7 @@ def test_offloaded_records_are_in_pinned_memory_and_stay_there(rehearsal, monkey
     host = Host(monkeypatch)
     store = begin("default", *states(3, 300))
     want = store.attend(torch.ones(3, 4, 1, DIM))
-    store.records.pinned = True
+    store.records._readers = slabs._Readers(torch.device("cuda"))
     store.records.slabs = [store.records._copied(slab) for slab in store.records.slabs]
     store.records._fresh, store._handle = False, None
     assert torch.equal(store.attend(torch.ones(3, 4, 1, DIM)), want)
@@ -258,7 +260,10 @@ def test_offloaded_records_are_in_pinned_memory_and_stay_there(rehearsal, monkey
     store.gather(torch.tensor([2]))
     assert host.waits > waited, "kernels may still read what is let go"
     assert records(store, 0) == before and all(s.data_ptr() in host.addresses for s in store.records.slabs)
-    store.records.pinned = False
+    waited, gone = host.waits, list[int]()
+    weakref.finalize(store.records.slabs[0], lambda: gone.append(host.waits))
+    store.records = None
+    assert gone == [waited + 1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
