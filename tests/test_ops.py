@@ -319,19 +319,63 @@ def test_errors_name_the_argument():
     assert c.exact.tolist() == [10, 7]
 
 
+ATTEND = ("slabs", "place", "blocks", "mu", "k", "v", "exact", "start", "sink_length", "mask", "causal", "scaling")
+"""Names of what `op_arguments` begins with."""
+
+
 @needs_torch_module
-def test_operators_check_what_the_core_will_touch():
-    c, q = case(), queries()
-    good = op_arguments(c)
-    for at, bad, message in [
-        (1, c.place[:, :1], "place"),
-        (2, c.blocks.int(), "blocks has the wrong dtype"),
-        (6, c.exact[:1], "exact is of size 1 in dimension 0, must be of size 2"),
-        (0, [c.staging.view(-1)[:64]], "nbytes is .*, must be at most the bytes available"),
-    ]:
-        arguments = list(good)
-        arguments[at] = bad
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.mixkvq.attend(q, *arguments)
-    with pytest.raises(RuntimeError, match="codec must be 15 fields"):
-        torch.ops.mixkvq.pack(c.k, c.v, [1, 2], [0.0, 0.0], c.first, c.blocks, 2, None, None, None)
+@pytest.mark.parametrize("name, change, message", [
+    ("q", lambda q: q[0], "q is 3-dimensional, must be 4-dimensional"),
+    ("q", torch.Tensor.double, "q must be float32, float16 or bfloat16"),
+    ("k", torch.Tensor.int, "k must be float32, float16 or bfloat16"),
+    ("v", lambda v: v[:, :1], "v is .*, must be "),
+    ("slabs", lambda slabs: [slabs[0][:64]], "nbytes is .*, must be at most the bytes available"),
+    ("slabs", lambda slabs: [slabs[0].view(torch.int8)], "slabs has the wrong dtype"),
+    ("slabs", lambda slabs: [slabs[0][::2]], "slabs must be contiguous"),
+    ("place", lambda place: place[0], "place must be 3-dimensional"),
+    ("place", lambda place: place[:, :1], "place is of size 1 in dimension 1, must be of size 2|place must be cont"),
+    ("blocks", torch.Tensor.int, "blocks has the wrong dtype"),
+    ("blocks", lambda blocks: blocks[None], "blocks is 2-dimensional, must be 1-dimensional"),
+    ("mu", lambda mu: mu.transpose(0, 1), "mu must be contiguous"),
+    ("exact", lambda exact: exact[:1], "exact is of size 1 in dimension 0, must be of size 2"),
+    ("sink_length", lambda _: -1, "sink_length is -1, must be"),
+    ("mask", lambda _: torch.ones(1, 1, 3, 140, dtype=torch.bool), "causal is True, must be False when a mask"),
+    ("scaling", lambda _: float("nan"), "scaling is .*, must be"),
+    ("precision", lambda _: 3, "precision is 3, must be 0, 1 or 2"),
+    ("precision", lambda _: -1, "precision is -1, must be 0, 1 or 2"),
+    ("block_tokens", lambda _: 65536, "block_tokens is 65536, must be from 0 to 65535"),
+    ("block_tokens", lambda _: -1, "block_tokens is -1, must be from 0 to 65535"),
+    ("record_bytes", lambda _: -1, "record_bytes is -1, must not be negative"),
+    ("record_bytes", lambda _: 64, "slabs are 1, must be none where record_bytes says that places are addresses"),
+])  # fmt: skip
+def test_operators_check_what_the_core_will_touch(name, change, message):
+    c = case()
+    arguments = {"q": queries(), **dict(zip(ATTEND, op_arguments(c), strict=False))}
+    arguments |= {"softcap": 0.0, "sink_logits": None}
+    torch.ops.mixkvq.attend(**arguments)
+    before = [t.clone() for t in (c.staging, c.place, c.blocks, c.mu, *c.window, c.exact)]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mixkvq.attend(**arguments | {name: change(arguments.get(name))})
+    for was, now in zip(before, (c.staging, c.place, c.blocks, c.mu, *c.window, c.exact), strict=True):
+        assert torch.equal(was, now)
+
+
+@needs_torch_module
+@pytest.mark.parametrize("name, value, message", [
+    ("codec", [1, 2], "codec must be 15 fields and 6 channel counts per pattern"),
+    ("codec", [0] * 22, "codec must be 15 fields and 6 channel counts per pattern"),
+    ("thresholds", [1.0], "codec must be 15 fields .*, thresholds 2 numbers"),
+    ("codec", [-1] + [0] * 14, "codec has a field -1, must be 0 to 65535"),
+    ("codec", [7] + [0] * 14, "head_dim is 7, must be"),
+    ("max_blocks", -1, "max_blocks is -1, must not be negative"),
+    ("importance", torch.zeros(2, 2, 8), "importance is of size 8 in dimension 2, must be of size 32"),
+    ("has_mu", torch.zeros(2, 2), "has_mu has the wrong dtype"),
+])  # fmt: skip
+def test_the_operator_that_packs_checks_as_well(name, value, message):
+    c = case()
+    fields, thresholds = arrays.codec_numbers(c.codec)
+    arguments = {"k": c.k, "v": c.v, "codec": fields, "thresholds": thresholds, "first": c.first, "blocks": c.blocks}
+    arguments |= {"max_blocks": 2, "importance": None, "mu": c.mu, "has_mu": c.has_mu}
+    torch.ops.mixkvq.pack(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mixkvq.pack(**arguments | {name: value})

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 tests=(tests/test_bind.py tests/test_check.py tests/test_core_*.py tests/test_golden.py tests/test_isa.py tests/test_ops.py
-    tests/test_operators.py tests/test_operators_errors.py tests/test_status.py)
+    tests/test_operators*.py tests/test_status.py)
 
 fail() {
     echo "coverage lane: $*" >&2
