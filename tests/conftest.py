@@ -1,7 +1,11 @@
 """Tests that need torch and transformers are left out where those are not installed; options of `test_matrix.py`."""
 
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 collect_ignore_glob = []
 if find_spec("torch") is None or find_spec("transformers") is None:
@@ -31,6 +35,14 @@ def pytest_collection_modifyitems(config, items):
     left_out = set(pairs) - set(pairs[:: config.getoption("--share")])
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def level_as_found():
+    """Tests leave the instruction set as it was: lanes run all of them on one that they choose."""
+    yield
+    core, wanted = sys.modules.get("mixkvq._core"), os.environ.get("MIXKVQ_ISA")
+    assert core is None or wanted in (None, core.isa()), f"{core.isa()} is in use in place of {wanted}"
 
 
 def pytest_terminal_summary(terminalreporter, config):

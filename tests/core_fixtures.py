@@ -20,7 +20,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     core = pytest.importorskip("mixkvq._core", reason="the C core is not built")
     if not LEVELS[request.param]:
         pytest.skip(f"{request.param} is not supported here")
+    before = core.isa()
     core.set_isa(request.param)
     assert core.isa() == request.param
     yield request.param
-    core.set_isa(None)
+    core.set_isa(before)

@@ -51,7 +51,7 @@ def test_levels_agree_to_the_last_bit(preset):
     k, v = rng.standard_normal((2, 1, 1, 200, 96), np.float32) * 3
     queries = [rng.standard_normal((1, rows, 1, 96), np.float32) for rows in range(1, 9)]
     codec = MixKVQConfig.preset(preset, sink_length=0).codec(96, "float32")
-    records, outputs = {}, {}
+    records, outputs, before = {}, {}, _core.isa()
     try:
         for name in SUPPORTED:
             _core.set_isa(name)
@@ -63,7 +63,7 @@ def test_levels_agree_to_the_last_bit(preset):
                 for precision in ("default", "exact", "fast")
             ]
     finally:
-        _core.set_isa(None)
+        _core.set_isa(before)
     fused = [name for name in SUPPORTED if name != "scalar"]
     for name in fused:
         assert records[name] == records["scalar"]

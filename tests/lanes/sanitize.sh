@@ -5,11 +5,13 @@
 #   thread    ThreadSanitizer, several callers and a pool of threads (for the CUDA kernels: emulator.sh); without torch:
 #             its pool is that of libgomp, which is not instrumented, so that every barrier in it would look like a race
 #   memory    valgrind, the library as it is shipped at MIXKVQ_ISA=avx2: decisions by memory that was never written
-# A finding is a report of a tool, also of a process whose end no test looks at.
+# `address` and `memory` also replay the corpora of fuzz.sh, on every level. A finding is a report of a tool, also of a
+# process whose end no test looks at.
 #
 #   PYTHON            has what the tests need (default: python3)
 #   JOBS              processes that run tests (default: one per CPU)
-#   SANITIZE          suite: `address` runs all tests (default, most of an hour); core: those of the core (minutes)
+#   SANITIZE          suite: `address` runs all tests (default, most of an hour); core: those of the core, at scalar a
+#                     part of them (minutes)
 #   MIXKVQ_EXAMPLES   share of the hypothesis examples that `address` runs (default: 1; for core 0.05)
 #   arguments         for pytest, in place of the tests that `address` runs
 set -euo pipefail
@@ -18,7 +20,10 @@ python=${PYTHON:-python3}
 what=${SANITIZE:-suite}
 root=$PWD
 [[ $python != [!/]*/* ]] || python=$root/$python # builds go on in another folder
-core=(tests/test_bind.py tests/test_core_*.py tests/test_golden.py tests/test_isa.py)
+at_avx2=(tests/test_bind.py tests/test_core_*.py tests/test_golden.py tests/test_isa.py)
+at_scalar=(tests/test_core_errors.py tests/test_golden.py tests/test_isa.py)
+# valgrind takes 50 times as long: what calls the bindings with every codec; the kernels have the corpora
+at_memory=(tests/test_golden.py --deselect tests/test_golden.py::test_oracle_packs_the_golden_bytes)
 left_out=(--deselect tests/test_build.py) # builds wheels, without the sanitizers
 export CC=${CC:-gcc} CXX=${CXX:-g++} OMP_NUM_THREADS=1
 
@@ -36,13 +41,13 @@ if ! command -v valgrind >/dev/null; then
 fi
 
 # ---- each tool -------------------------------------------------------------------------------------------------------
+address_checks=-fsanitize=address,undefined,float-cast-overflow
 build() { # variant, folder of the sources: what it makes lies there in build/sanitize
     local flags="-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all" checks
     local at=build/sanitize/$1 objects=build/sanitize/$1/objects
     case $1 in
     # checks as calls: inline, GCC takes ten times as long for the kernels. A float that no integer holds is extra
-    address) checks=-fsanitize=address,undefined,float-cast-overflow &&
-        flags+=" --param asan-instrumentation-with-call-threshold=0" ;;
+    address) checks=$address_checks && flags+=" --param asan-instrumentation-with-call-threshold=0" ;;
     thread) checks=-fsanitize=thread ;;
     memory) flags="" checks="" objects=build/objects ;; # what the package has, if it was built here
     esac
@@ -97,7 +102,7 @@ tests() { # variant, instruction set, share of the examples, arguments for pytes
     echo "sanitize lane: $variant at $isa"
     rm -rf "$here/reports-$isa"
     MIXKVQ_ISA=$isa MIXKVQ_EXAMPLES=$3 under "$variant" "$root" "$here/reports-$isa" -m pytest -q -p no:cacheprovider \
-        --capture=sys -k "not $other and not avx512" -n "${JOBS:-$(nproc)}" "${@:4}" 2>&1 |
+        --capture=sys -k "not $other and not avx512" -n "${JOBS:-$(nproc)}" --dist worksteal "${@:4}" 2>&1 |
         tee "$here/$isa.log" || status=1
     mapfile -t found < <(findings "$here/reports-$isa" "$here/$isa.log")
     ((${#found[@]} == 0)) || { cat "${found[@]}" >&2 && fail "$variant at $isa reports what is above"; }
@@ -105,6 +110,24 @@ tests() { # variant, instruction set, share of the examples, arguments for pytes
     last=$(tail -n 1 "$here/$isa.log" | tr -d =)
     [[ $last =~ (^|[ ,])[1-9][0-9]*\ passed ]] || fail "no tests pass, $variant at $isa: $last"
     passed+=("$variant at $isa: $last")
+}
+
+replay() { # name, folder of objects, flags, what runs a program: the corpora of fuzz.sh, without Python
+    local objects=() source object target here=$root/build/sanitize/replay inputs=0 files said
+    mkdir -p "$here"
+    for source in csrc/*.c csrc/cpu/*.c; do
+        object=$2/mixkvq._core/$(basename "$source" .c).o
+        [ ! -e "$object" ] || objects+=("$object") # kernels of other architectures have none
+    done
+    for target in arguments isa records roundtrip; do
+        "$CC" -std=c11 -O1 -g1 $3 -Icsrc "tests/fuzz/$target.c" tests/fuzz/replay.c "${objects[@]}" -lm \
+            -o "$here/$target" || fail "tests/fuzz/$target.c does not build"
+        files=(tests/data/fuzz/"$target"/*)
+        said=$("${@:4}" "$here/$target" "${files[@]}") || fail "$target finds what is above"
+        [ "$said" = "${#files[@]} files" ] || fail "$target says: $said"
+        inputs=$((inputs + ${#files[@]}))
+    done
+    passed+=("$inputs inputs of the corpora replayed under $1")
 }
 
 # ---- a bug for each tool, in a copy of the sources -------------------------------------------------------------------
@@ -143,14 +166,17 @@ plant address csrc/check.c 'offset = place & ((INT64_C(1) << MKVQ_SLAB_SHIFT) - 
 plant thread csrc/cpu/dispatch.c 'workspace + u * mkvq_partial_floats' 'workspace + mkvq_partial_floats' 'data race'
 plant memory csrc/bind/layer_handle.c 'if (n > 0)' 'if (n > 1)' 'depends on uninitialised value'
 
-if (($# == 0)); then
-    set -- "${core[@]}"
-    [ "$what" = core ] || set -- tests "${left_out[@]}"
+if (($#)); then
+    at_scalar=("$@") at_avx2=("$@")
+elif [ "$what" = suite ]; then
+    at_scalar=(tests "${left_out[@]}") at_avx2=(tests "${left_out[@]}")
 fi
 [ "$what" = core ] && share=${MIXKVQ_EXAMPLES:-0.05} || share=${MIXKVQ_EXAMPLES:-1}
-tests address scalar "$share" "$@"
-tests address avx2 "$share" "$@"
+replay "address" build/sanitize/address/objects $address_checks env UBSAN_OPTIONS=print_stacktrace=1
+replay "memory" build/objects "" valgrind -q --error-exitcode=66
+tests address scalar "$share" "${at_scalar[@]}"
+tests address avx2 "$share" "${at_avx2[@]}"
 tests thread avx2 0.02 tests/test_core_threads.py tests/test_bind.py
-tests memory avx2 0.02 tests/test_core_*.py tests/test_golden.py
+tests memory avx2 0.02 "${at_memory[@]}"
 
 printf 'sanitize lane: %s\n' "${passed[@]}" "0 findings" "$found of 4 planted bugs found"
