@@ -2,6 +2,7 @@
 #
 #   make demo     MixKVQCache against DynamicCache on a real model
 #   make test     the tests
+#   make exhaustive   what takes the tests too long: walks, faults at every moment, planted leaks (an hour and more)
 #   make accuracy what the presets promise, measured on that model (minutes)
 #   make matrix   every model family in every scenario, with a table (many minutes)
 #   make qemu     the core's tests on 64-bit ARM, emulated (Debian; minutes)
@@ -32,7 +33,7 @@ DONE := $(VENV)/done
 SOURCES := $(shell find setup.py mixkvq csrc \( -name __pycache__ -o -name '*.so' \) -prune -o -print)
 C_FILES := $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh benchmarks/*.c benchmarks/gpu/*.cu tests/*.c tests/*.cu tests/fuzz/*.[ch])
 
-.PHONY: demo test slow matrix accuracy qemu simde versions wheel cuda emulator instructions soak coverage sanitize fuzz lint format clean FORCE
+.PHONY: demo test slow matrix exhaustive accuracy qemu simde versions wheel cuda emulator instructions soak coverage sanitize fuzz lint format clean FORCE
 
 demo: $(DONE)/package $(DONE)/model
 	$(BIN)/mixkvq demo $(DEMOFLAGS)
@@ -48,6 +49,9 @@ slow: $(DONE)/package $(DONE)/model
 matrix: $(DONE)/package
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest tests/test_matrix.py -m "" -n auto $(addprefix --table ,$(TABLE)) \
 	    $(addprefix --share ,$(SHARE)) $(TESTFLAGS)
+
+exhaustive: $(DONE)/package $(DONE)/model
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m exhaustive -v -n auto $(TESTFLAGS)
 
 accuracy: $(DONE)/package $(DONE)/model
 	$(BIN)/python -P -m pytest -m accuracy -v $(TESTFLAGS)

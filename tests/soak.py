@@ -7,8 +7,8 @@ another order: all it computes must be the same to the last bit.
 
 It fails, with what it saw, if
   - a turn fails, or differs when it is run again;
-  - resident memory grows: the line through it, after the first fifth of the time, rises by more than `LIMIT` a minute
-    with 97.5 % confidence (`soak_memory.slope`);
+  - resident memory grows: the line through it, after the first fifth of the time, rises by more than `GROWTH` in the
+    run, or `RATE` a minute, with 97.5 % confidence (`soak_memory.slope`);
   - tensors, caches, layers or handles are alive at the end of a round that were not after the first fifth.
 """
 
@@ -40,9 +40,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from mixkvq import MixKVQCache, _core, list_presets
 from mixkvq.handle import PackedHandle
 
-LIMIT = 64 << 10
-"""Bytes a minute. After five minutes the line of a run without a leak is uncertain by 10 to 30 kB a minute, after an
-hour by less than one; who keeps one page in every turn has some 200 kB a minute."""
+GROWTH, RATE = 320 << 10, 4 << 10
+"""Bytes that the line may rise in a run, and bytes a minute that it may rise in a long one. The line of a run without a
+leak is uncertain by 10 to 30 kB a minute after five minutes, by less than one after an hour."""
 
 ROUND, LOOK = 8, 4
 """Turns until they are run again, and until memory is measured."""
@@ -367,8 +367,9 @@ class Run:
         print(
             f"memory: {begin:.2f} MiB after the first fifth, {end:.2f} MiB at the end, {len(self.memory)} measurements"
         )
-        print(f"slope: {through.rate:+,.0f} bytes a minute, 95 % confidence {through.margin:,.0f}; limit {LIMIT:,}")
-        if through.least > LIMIT:
+        limit = max(RATE, GROWTH / self.minutes)
+        print(f"slope: {through.rate:+,.0f} bytes a minute, 95 % confidence {through.margin:,.0f}; limit {limit:,.0f}")
+        if through.least > limit:
             self.problems.append(f"memory grows by {through.least:,.0f} bytes a minute at least")
 
 
