@@ -13,11 +13,12 @@ import torch
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from . import compat, parallel, reasons
+from . import compat, guard, parallel, reasons
 from .arrays import precision_code
 from .calibration import Calibration
 from .config import MixKVQConfig
 from .fingerprint import ModelRecord
+from .guard import exclusive
 from .handle import Handles, PackedHandle
 from .hook import TAG, Tag, install
 from .layer import NATIVE, MixKVQLayer
@@ -160,6 +161,10 @@ class MixKVQCache(Saved, MaskSizes, DynamicCache):
             layer: Any = self.layers[layer_idx]
             if isinstance(layer, MixKVQLayer) and (pair := layer.extend(key_states, value_states, self._handles)):
                 return pair
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @exclusive
+    def _update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         layer = self._layer_to_update(key_states, value_states, layer_idx)
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         ours = isinstance(layer, MixKVQLayer)
@@ -234,6 +239,7 @@ class MixKVQCache(Saved, MaskSizes, DynamicCache):
         return layer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @exclusive
     def _update_outside_graph(self, key_states: Any, value_states: Any, layer_idx: int) -> tuple[Any, Any]:
         """In a compiled model: plain or decoded tensors, and no hook."""
         layer = self._layer_to_update(key_states, value_states, layer_idx)
@@ -249,12 +255,15 @@ class MixKVQCache(Saved, MaskSizes, DynamicCache):
     def layer_of_call(self, index: int, module: Any) -> Any:
         """The layer that an attention call belongs to; the first call tells the layout (see `hook`)."""
         if self._open:
-            config = getattr(module, "config", None)
-            self._check_model(config)
-            if config is not None:
-                self._lay_out(config)
-            self._learned = True
+            self._meet(getattr(module, "config", None))
         return self.layers[index]
+
+    @exclusive
+    def _meet(self, config: Any) -> None:
+        self._check_model(config)
+        if config is not None:
+            self._lay_out(config)
+        self._learned = True
 
     @property
     def _open(self) -> bool:
@@ -344,14 +353,25 @@ class MixKVQCache(Saved, MaskSizes, DynamicCache):
             self._recording(layer)
 
     def reset(self) -> None:
-        """Forget everything; layout and model are learned again."""
-        for layer in self.layers:
-            if isinstance(layer, MixKVQLayer):
-                layer.reset()
-        self.ledger.change(sum(self._foreign.values()), 0)
+        """Forget everything, also what is half changed; layout and model are learned again.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread uses a layer; nothing has changed then.
+        """
+        guard.alone_with(self._parts(), self._reset, emptying=True)
+
+    def _reset(self) -> None:
+        had, foreign, late = self.layers, self._foreign, self._late()
         self.layers, self._foreign, self._learned, self._last, self._awaiting = [], {}, False, -1, False
         self._met, self._handles, self._saved_for = False, Handles(), None
         self._no_pass()
+        self._overtaken = late
+        for layer in had:
+            if isinstance(layer, MixKVQLayer):
+                layer.reset()  # its bytes leave the ledger
+        self.ledger.change(sum(foreign.values()), 0)
         if self._model_config is None:
             self.model_record = None
         else:

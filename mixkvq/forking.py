@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .guard import InUse
 from .layer import MixKVQLayer
 from .saving import check_copyable
 
@@ -22,13 +22,20 @@ def fork(cache: C, n: int) -> list[C]:
     count = operator.index(n)
     if count < 1:
         raise ValueError(f"n is {count}, must be 1 or more")
+    try:
+        return cache.alone(lambda: _copies(cache, count))
+    except InUse as error:
+        raise ValueError(f"the cache cannot be forked: {error}") from error
+
+
+def _copies(cache: C, count: int) -> list[C]:
     for index, layer in enumerate(cache.layers):
         try:
             check_copyable(layer)
         except ValueError as error:
             raise ValueError(f"the cache cannot be forked: layer {index} ({type(layer).__name__}): {error}") from error
     shared = [cache._model_config, cache.calibration, *_records(cache)]
-    return [copy.deepcopy(cache, {id(thing): thing for thing in shared}) for _ in range(count)]
+    return [cache.copied({id(thing): thing for thing in shared}) for _ in range(count)]
 
 
 def _records(cache: MixKVQCache) -> list[Any]:

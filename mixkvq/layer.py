@@ -9,7 +9,6 @@ native       full precision for good: training, or keys and values that records 
 
 from __future__ import annotations
 
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -55,8 +54,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
     compiled : bool
         Whether a compiled model updates it: the hook sees nothing then.
     busy : int
-        Which thread changes it (see `guard`), 1 for one on the short path of decoding, 0 for none, -1: it
-        is torn.
+        Which thread changes or reads it (see `guard`), 0 for none, -1: it is torn.
     begun : Begun
         Its length when the last forward pass began, and whose must be the same (see `passes`).
     decoded_for : Reason or None
@@ -134,7 +132,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         raise AttributeError(f"{type(self).__name__} has no {name!r}; {fix}", name=name, obj=self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "busy": min(self.busy, 0)}
+        return {**self.__dict__, "busy": guard.mark_of_copy(self)}
 
     # ---- growing ---------------------------------------------------------------------------------------------------
     @exclusive
@@ -203,7 +201,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             return None
         if self.busy:
             raise guard.refusal(self)
-        self.busy = 1  # no other thread runs between the question and this
+        self.busy = guard.short  # no other thread runs between the question and this
         try:
             if not store.extend(key, value, self._margin):
                 self.busy = 0
@@ -413,7 +411,7 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
         assert store is not None
         if self.busy:
             raise guard.refusal(self)
-        self.busy, whole = 1, self.queries.whole + agreement.group
+        self.busy, whole = guard.short, self.queries.whole + agreement.group
         try:
             output = ops.attend(
                 store.core(),
@@ -455,10 +453,10 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
 
     # ---- shortening and moving -------------------------------------------------------------------------------------
     def reset(self) -> None:
-        """Forget all tokens."""
-        if self.busy not in (0, get_ident(), guard.BROKEN):
-            raise guard.refusal(self)
-        self.busy = max(self.busy, 0)
+        """Forget all tokens, also of a layer that is torn."""
+        guard.alone_with([self], self._forget, emptying=True)
+
+    def _forget(self) -> None:
         self.epoch += 1
         self._clear(reasons.EMPTY)
 

@@ -6,15 +6,20 @@ may come before or after the layer's keys and values.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.compiler import is_compiling
 
 from . import compat
+from .guard import exclusive
 from .layer import MixKVQLayer
 from .passes import Passes
 from .report import tensors_in
 
+F = TypeVar("F", bound=Callable[..., Any])
 LATE_STATES = ("conv_kernel_size", "max_batch_size")
 """Attributes that some versions of transformers set with the first state."""
 
@@ -79,6 +84,17 @@ def move_states(old: Any, new: Any) -> None:
             setattr(old, name, nothing)
 
 
+def _exclusive(method: F) -> F:
+    """As `guard.exclusive`, but in the graph of a compiled model."""
+    alone = exclusive(method)
+
+    @functools.wraps(method)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs) if is_compiling() else alone(*args, **kwargs)
+
+    return cast("F", either)
+
+
 class LinearStates(Passes):
     """The part of a cache that serves linear and indexed layers; `MixKVQCache` has the rest."""
 
@@ -125,6 +141,7 @@ class LinearStates(Passes):
                 self.layers[layer_idx] = new
         compat.ensure_states(self.layers[layer_idx], state_idx + 1)
 
+    @_exclusive
     def update_conv_state(self, conv_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
         """As in `Cache`."""
         self._check_state(layer_idx, "conv", state_idx)
@@ -134,6 +151,7 @@ class LinearStates(Passes):
         self._changed_state(layer_idx, "conv", state_idx)
         return state
 
+    @_exclusive
     def update_recurrent_state(self, recurrent_states: Any, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
         """As in `Cache`."""
         self._check_state(layer_idx, "recurrent", state_idx)
@@ -143,6 +161,7 @@ class LinearStates(Passes):
         self._changed_state(layer_idx, "recurrent", state_idx)
         return state
 
+    @_exclusive
     def update_indexer(self, indexer_key_states: Any, layer_idx: int) -> Any:
         """As in `Cache`: the keys by which sparse attention chooses tokens. Such a layer stays transformers' own."""
         while len(self.layers) <= layer_idx:

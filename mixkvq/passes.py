@@ -9,18 +9,20 @@ another thread that is under way looks the same.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import compat
-from .guard import ANOTHER_THREAD, NOT_YET, Begun, restore, state_of
+from . import compat, guard
+from .guard import ANOTHER_THREAD, NOT_YET, Begun, InUse, exclusive, restore, state_of
 from .layer import MixKVQLayer
 from .report import tensors_in
 
+T = TypeVar("T")
 _BROKE_OFF = "a forward pass of a MixKVQCache broke off"
 
 
@@ -29,6 +31,8 @@ class Passes(Cache):
 
     _last: int
     _awaiting: bool
+    busy = 0  # of what is no layer of ours: see `guard`
+    store = None
 
     def _no_pass(self) -> None:
         """Forget about passes: the cache is empty."""
@@ -43,9 +47,20 @@ class Passes(Cache):
         self._with_states: set[int] = set()  # layers of which earlier ones have changed any
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runner": 0, "_overtaken": set()}  # a copy is in no thread's hands
+        busy, *_ = map(guard.mark_of_copy, self._parts())
+        return {**self.__dict__, "_runner": 0, "_overtaken": set(), "busy": busy}  # a copy is in no thread's hands
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.alone(lambda: self.copied(memo))
+
+    def copied(self, memo: dict[int, Any]) -> Any:
+        """A deep copy. Nobody else is there: see `alone`."""
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     # ---- where it stands -------------------------------------------------------------------------------------------
+    @exclusive
     def _begin_pass(self, queries: int, asked: Any) -> None:
         """A model asks for the mask of a layer: in the middle of a pass, if others have got its tokens and it has not.
 
@@ -63,7 +78,7 @@ class Passes(Cache):
             if (ragged := _ragged(standing)) is not None:
                 if self._elsewhere():
                     why = f"this MixKVQCache {ANOTHER_THREAD}, or its forward pass there broke off: {ragged}."
-                    raise RuntimeError(f"{why} cache.reset() empties the cache then")
+                    raise InUse(f"{why} cache.reset() empties the cache then")
                 raise RuntimeError(f"{_BROKE_OFF}: {ragged}. {self._remedy()}")
             self._passes += 1
             self._continued = False
@@ -136,7 +151,7 @@ class Passes(Cache):
     def _check_thread(self) -> None:
         if self._elsewhere() and self.ragged() is not None:
             broke = "if its forward pass there broke off, cache.reset() empties the cache"
-            raise RuntimeError(f"this MixKVQCache {ANOTHER_THREAD}; {broke}")
+            raise InUse(f"this MixKVQCache {ANOTHER_THREAD}; {broke}")
 
     def _overtake(self, me: int) -> None:
         """Who has asked for masks and is late: they are wrong once another thread has added tokens."""
@@ -149,7 +164,7 @@ class Passes(Cache):
         me = get_ident()
         if me in self._overtaken:
             self._overtaken.discard(me)
-            raise RuntimeError(f"this MixKVQCache {ANOTHER_THREAD}")
+            raise InUse(f"this MixKVQCache {ANOTHER_THREAD}")
         self._check_thread()
         self._overtake(me)
         self._runner = me
@@ -161,10 +176,36 @@ class Passes(Cache):
                 f"{_BROKE_OFF}, its first: layer {index} has no tokens, others have. cache.reset() empties the cache"
             )
 
+    def _late(self) -> set[int]:
+        """Threads that must not go on with their passes once this one has emptied the cache."""
+        self._overtake(get_ident())
+        under_way = self._elsewhere() and self.ragged() is not None
+        return self._overtaken | ({self._runner} if under_way else set())
+
+    def _parts(self) -> Iterator[Any]:
+        """What threads mark: the cache, then its layers."""
+        yield self
+        yield from (layer for layer in self.layers if isinstance(layer, MixKVQLayer))
+
+    def alone(self, do: Callable[[], T]) -> T:
+        """Do something that needs all of the cache, and no pass of another thread under way.
+
+        Raises
+        ------
+        InUse
+            If another thread uses it, or a layer is torn; nothing has changed then.
+        """
+
+        def checked() -> T:
+            self._check_thread()
+            return do()
+
+        self._check_thread()  # at first so that a pass that is between two layers finds no mark
+        return guard.alone_with(self._parts(), checked)
+
     # ---- all layers, or none ---------------------------------------------------------------------------------------
     def _wholly(self, change: Callable[[], None]) -> None:
-        """Change all layers, or, after an error, none."""
-        self._check_thread()
+        """Change all layers, or, after an error, none. Nobody else is there: see `alone`."""
         self._overtake(get_ident())
         self._runner = 0
         before = [state_of(layer) for layer in self.layers]
@@ -187,6 +228,9 @@ class Passes(Cache):
             For a number that the installed transformers does not take, or a layer of its own that cannot go back. No
             layer has changed then.
         """
+        self.alone(lambda: self._crop(tokens_to_remove))
+
+    def _crop(self, tokens_to_remove: Any) -> None:
         ragged, number = self.half_done() is not None, int(tokens_to_remove)
         if ragged and self._states:
             raise RuntimeError(f"{_BROKE_OFF}, and linear states cannot go back: cache.reset() empties the cache")
@@ -213,15 +257,15 @@ class Passes(Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Rows ``beam_idx`` of every layer, in this order; after an error no layer has changed."""
-        self._wholly(lambda: super(Passes, self).reorder_cache(beam_idx))
+        self.alone(lambda: self._wholly(lambda: super(Passes, self).reorder_cache(beam_idx)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times; the copies share records. After an error no layer has changed."""
-        self._wholly(lambda: super(Passes, self).batch_repeat_interleave(repeats))
+        self.alone(lambda: self._wholly(lambda: super(Passes, self).batch_repeat_interleave(repeats)))
 
     def batch_select_indices(self, indices: Any) -> None:
         """Only the rows ``indices``; after an error no layer has changed."""
-        self._wholly(lambda: super(Passes, self).batch_select_indices(indices))
+        self.alone(lambda: self._wholly(lambda: super(Passes, self).batch_select_indices(indices)))
 
 
 Standing = Iterable[tuple[int, Any, Begun, int]]

@@ -7,13 +7,15 @@ import json
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import compat, foreign, guard, tensorfile
+from . import compat, foreign, tensorfile
 from .config import MixKVQConfig
 from .files import checked_path
+from .guard import InUse
 from .layer import PACKED, MixKVQLayer
 from .linear import LINEAR_STATES
 from .report import tensors_in
@@ -30,9 +32,22 @@ HYBRID, OURS = "MixKVQHybridLayer", "MixKVQLayer"
 
 def save(cache: MixKVQCache, path: str | os.PathLike[str]) -> None:
     """Write a cache; see `MixKVQCache.save`."""
-    file, writer = checked_path(path), _Writer()
+    file = checked_path(path)
+    _check_whole(cache)  # here too, so that a pass that is under way is not disturbed
+    try:
+        cache.alone(lambda: _write(cache, file))
+    except InUse as error:
+        raise ValueError(f"the cache cannot be saved: {error}") from error
+
+
+def _check_whole(cache: MixKVQCache) -> None:
     if (ragged := cache.half_done()) is not None:
         raise ValueError(f"the cache cannot be saved: a forward pass broke off or is under way: {ragged}")
+
+
+def _write(cache: MixKVQCache, file: Path) -> None:
+    _check_whole(cache)
+    writer = _Writer()
     about = writer.cache(cache)
     try:
         text = json.dumps(about, separators=(",", ":"), allow_nan=False)  # `loading` would refuse them
@@ -187,8 +202,6 @@ def check_copyable(layer: Any) -> None:
     ValueError
         Saying what to do.
     """
-    if isinstance(layer, MixKVQLayer) and layer.busy:
-        raise ValueError(str(guard.refusal(layer)))
     held = [*tensors_in(vars(layer)), *(layer.tensors() if isinstance(layer, MixKVQLayer) else [])]
     if any(tensor.requires_grad for tensor in held):
         raise ValueError("it holds gradients; fill the cache under torch.no_grad()")

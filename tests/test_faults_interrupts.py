@@ -221,6 +221,36 @@ def test_ctrl_c_now_and_then(name, step):
     assert tried > 20 and emptied <= tried // 5
 
 
+@pytest.mark.parametrize("what", ["save", "fork", "copy", "crop", "reset"])
+def test_ctrl_c_leaves_no_mark(what, tmp_path):
+    """Whatever needs all of a cache: nothing is in use afterwards, and it is whole, as before or as after."""
+    model = tiny("llama")
+    base, at, n = begun("step", model)
+    want, wanted_empty = go_on(model, copy.deepcopy(base), at, n), go_on(model, lossless(), 0, at)
+    do = {
+        "save": lambda cache: cache.save(tmp_path / "c"),
+        "fork": lambda cache: cache.fork(1),
+        "copy": copy.deepcopy,
+        "crop": lambda cache: cache.crop(-1),
+        "reset": lambda cache: cache.reset(),
+    }[what]
+    cache = copy.deepcopy(base)
+    with interrupted(0) as moments:
+        do(cache)
+    for moment in range(1, moments[0] + 1, 1 + moments[0] // 60):
+        cache = copy.deepcopy(base)
+        layers = list(cache.layers)
+        with pytest.raises(KeyboardInterrupt), interrupted(moment):
+            do(cache)
+        assert [each.busy for each in (cache, *layers)] == [0, 0, 0], moment
+        (length,) = {layer.length for layer in cache.layers} or {0}
+        assert length == at or (what, length) in (("crop", at - 1), ("reset", 0)), moment
+        if length == at - 1:
+            forward(model, cache, IDS[:, length:at])
+        assert same(*((go_on(model, cache, at, n), want) if length else (go_on(model, cache, 0, at), wanted_empty)))
+    assert moments[0] > 20
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -13,13 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from models import forward, lossless, prompts, relative_gap, tiny
 from one_layer import Layer
+from versions import needs_linear
 
-from mixkvq import MixKVQCache, ops
+from mixkvq import MixKVQCache, ops, tensorfile
 from mixkvq.guard import ANOTHER_THREAD
+from mixkvq.layer import MixKVQLayer
+from mixkvq.store import PackedStore
 
-IDS = prompts([140])["input_ids"]
+IDS = prompts([600])["input_ids"]
+IN_USE = ANOTHER_THREAD.split(":")[0]
 
 
 def python(code: str, **environment: str) -> str:
@@ -83,6 +89,8 @@ def test_in_the_middle_of_a_forward_pass(where, tokens):
         "reorder": lambda: cache.reorder_cache(torch.tensor([0])),
         "update": lambda: cache.update(*torch.zeros(2, 1, 2, 1, 16), 0),
         "save": lambda: cache.save("/nowhere"),
+        "fork": lambda: cache.fork(1),
+        "copy": lambda: copy.deepcopy(cache),
     }
 
     def other(*_):
@@ -107,7 +115,7 @@ def test_of_two_passes_that_have_both_begun_the_later_one_runs():
         got.append(in_thread(lambda: forward(model, cache, IDS[:, 101:102])))
 
     hook = model.model.layers[0].register_forward_pre_hook(other)  # masks are made, nothing is added yet
-    with pytest.raises(RuntimeError, match=ANOTHER_THREAD.split(":")[0]):
+    with pytest.raises(RuntimeError, match=IN_USE):
         forward(model, cache, IDS[:, 100:101])
     assert torch.equal(got[0], want) and {layer.length for layer in cache.layers} == {101}
 
@@ -133,11 +141,266 @@ def test_while_the_kernel_reads(monkeypatch):
             lambda: layer.keys,
             lambda: layer.reset(),
             lambda: cache.save("/nowhere"),
+            lambda: cache.fork(1),
+            lambda: copy.deepcopy(cache),
+            lambda: pickle.dumps(cache),
         ):
             with pytest.raises((RuntimeError, ValueError), match=r"another thread|under way"):
                 attempt()
         go_on.set()
         assert torch.equal(job.result(), want)
+
+
+# ---- all of a cache ------------------------------------------------------------------------------------------------
+def made(how, cache, folder):
+    """A copy."""
+    if how == "save":
+        cache.save(folder / "c")
+        return MixKVQCache.load(folder / "c")
+    return cache.fork(1)[0] if how == "fork" else copy.deepcopy(cache)
+
+
+def same(one, other):
+    """Layers of one length with the same keys and values."""
+    assert [layer.length for layer in one.layers] == [layer.length for layer in other.layers]
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(one.layers, other.layers, strict=True) for name in KV]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+KV = ("keys", "values")
+INSIDE = {
+    "save": (tensorfile, "_bytes_of"),
+    "fork": (MixKVQLayer, "__getstate__"),
+    "deepcopy": (MixKVQLayer, "__getstate__"),
+}
+
+
+@pytest.mark.parametrize("how", ["save", "fork", "deepcopy"])
+@pytest.mark.parametrize("tokens, n", [(100, 1), (95, 3), (100, 60), (20, 60)])
+def test_a_pass_that_begins_meanwhile_is_refused(how, tokens, n, tmp_path, monkeypatch):
+    """In the middle of writing or copying, before every part; afterwards it runs as ever."""
+    model, cache = filled(tokens)
+    whole, step, errors = copy.deepcopy(cache), IDS[:, tokens : tokens + n], []
+    want, (owner, name) = forward(model, copy.deepcopy(cache), step), INSIDE[how]
+    real = getattr(owner, name)
+
+    def other(part):
+        try:
+            in_thread(lambda: forward(model, cache, step))
+        except RuntimeError as error:
+            errors.append(str(error))
+        return real(part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, other)
+        got = made(how, cache, tmp_path)
+    assert len(errors) >= 2 and all(IN_USE in error for error in errors)
+    assert cache.half_done() is None and same(got, whole) and same(cache, whole)
+    assert torch.equal(in_thread(lambda: forward(model, cache, step)), want)
+
+
+@pytest.mark.parametrize("how", ["save", "fork", "deepcopy"])
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_a_pass_that_has_its_masks(meanwhile, how, tmp_path, monkeypatch):
+    """Its first update is refused, if it comes in the middle; afterwards it goes on."""
+    model, cache = filled()
+    whole, want = copy.deepcopy(cache), forward(model, cache.fork(1)[0], IDS[:, 100:101])
+    ready, go_on, (owner, name) = threading.Event(), threading.Event(), INSIDE[how]
+    real = getattr(owner, name)
+
+    def wait(*_):
+        hook.remove()
+        ready.set()
+        assert go_on.wait(60)
+
+    def other(part):
+        if meanwhile:
+            go_on.set()
+            job.exception(60)
+        return real(part)
+
+    hook = model.model.layers[0].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        job = pool.submit(forward, model, cache, IDS[:, 100:101])
+        assert ready.wait(60)
+        patch.setattr(owner, name, other)
+        assert same(made(how, cache, tmp_path), whole) and same(cache, whole)
+        go_on.set()
+        if meanwhile:
+            with pytest.raises(RuntimeError, match=IN_USE):
+                job.result()
+            job = pool.submit(forward, model, cache, IDS[:, 100:101])
+        assert torch.equal(job.result(), want)
+
+
+@pytest.mark.parametrize("how", ["save", "fork", "deepcopy"])
+def test_beside_a_thread_that_decodes(how, tmp_path):
+    """As it comes: what is not refused is a state between two passes."""
+    model, cache = filled(60)
+    full, stop, got = lossless(), threading.Event(), []
+    forward(model, full, IDS)
+
+    def decode():
+        at = 60
+        while not stop.is_set() and at < 600:
+            try:
+                forward(model, cache, IDS[:, at : at + 1])
+                at += 1
+            except RuntimeError:
+                back(at)
+
+    def back(length):
+        while cache.get_seq_length() > length:
+            try:
+                cache.crop(length - cache.get_seq_length())
+            except RuntimeError as error:
+                assert IN_USE in str(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            job = pool.submit(decode)
+            while not job.done() and len(got) < 12:
+                try:
+                    got.append(made(how, cache, tmp_path))
+                except (RuntimeError, ValueError) as error:
+                    assert IN_USE in str(error) or "under way" in str(error)
+            stop.set()
+            job.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert got
+    for each in got:
+        (length,) = {layer.length for layer in each.layers}
+        assert each.half_done() is None and 60 <= length <= 600
+        for ours, all_of_it in zip(each.layers, full.layers, strict=True):
+            for name in KV:
+                assert relative_gap(getattr(ours, name), getattr(all_of_it, name)[:, :, :length]) <= 1e-5
+
+
+@pytest.mark.parametrize("name, n", [("append", 3), ("extend", 1)])
+def test_what_interrupts_a_change_in_its_own_thread_gets_no_copy(name, n, monkeypatch):
+    """A signal handler, say."""
+    model, cache = filled()
+    forward(model, cache, IDS[:, 100:101])
+    step, caught, real = IDS[:, 101 : 101 + n], [], getattr(PackedStore, name)
+    want = forward(model, copy.deepcopy(cache), step)
+
+    def interrupted(self, *args):
+        for attempt in (lambda: cache.save("/nowhere"), lambda: cache.fork(1), lambda: copy.deepcopy(cache)):
+            with pytest.raises((RuntimeError, ValueError), match=r"in use|under way"):
+                attempt()
+            caught.append(attempt)
+        return real(self, *args)
+
+    monkeypatch.setattr(PackedStore, name, interrupted)
+    assert torch.equal(forward(model, cache, step), want)
+    assert len(caught) == 6
+
+
+@pytest.mark.parametrize("family", ["gemma3", pytest.param("qwen3_next", marks=needs_linear)])
+def test_layers_of_transformers_are_not_copied_while_they_change(family, monkeypatch, tmp_path):
+    model, cache = tiny(family), MixKVQCache(config=tiny(family).config)
+    forward(model, cache, IDS[:, :100])
+    caught = []
+    if family == "gemma3":
+        owner = type(next(layer for layer in cache.layers if not isinstance(layer, MixKVQLayer)))
+        name = "update"
+    else:
+        owner, name = transformers.cache_utils.Cache, "update_recurrent_state"
+    real, want = getattr(owner, name), forward(model, copy.deepcopy(cache), IDS[:, 100:101])
+
+    def other(*args, **kwargs):
+        result = real(*args, **kwargs)
+        for how in ("save", "fork", "deepcopy"):
+            with pytest.raises((RuntimeError, ValueError), match=rf"{IN_USE}|under way"):
+                in_thread(lambda how=how: made(how, cache, tmp_path))
+            caught.append(how)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, other)
+        assert torch.equal(forward(model, cache, IDS[:, 100:101]), want)
+    assert len(caught) >= 3 and not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_what_is_half_changed_says_so(monkeypatch):
+    """While the window moves up: by another thread that is refused; for the thread itself the copy must be emptied."""
+    model, cache = filled(95)
+    real, copies, refused = PackedStore._move_window, [], []
+
+    def other(self, *args):
+        real(self, *args)
+        if not copies:
+            copies.append(pickle.loads(pickle.dumps(cache.layers[0])))
+            for how in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(RuntimeError, match=IN_USE):
+                    in_thread(lambda how=how: how(cache))
+                refused.append(how)
+
+    monkeypatch.setattr(PackedStore, "_move_window", other)
+    forward(model, cache, IDS[:, 95:98])
+    assert len(refused) == 2 and cache.layers[0].store.torn is False
+    (layer,) = copies
+    with pytest.raises(RuntimeError, match=r"half changed.*cache.reset\(\)"):
+        layer.crop(-1)
+    layer.reset()
+    assert layer.update(*torch.zeros(2, 1, 2, 1, 16))[0].shape[2] == 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_reset_by_another_thread_empties_all_or_nothing(broken, monkeypatch):
+    """Of four layers the third is being read."""
+    model = tiny("llama", num_hidden_layers=4)
+    cache, step, at = lossless(), IDS[:, 100:101], []
+    forward(model, cache, IDS[:, :100])
+    want, real = forward(model, copy.deepcopy(cache), step), ops.attend
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slowly(*args, **kwargs):
+        at.append(1)
+        if len(at) == 3:
+            reading.set()
+            assert go_on.wait(60)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attend", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(forward, model, cache, step)
+        assert reading.wait(60)
+        if broken:  # stays so
+            cache.layers[0].busy = -1
+        with pytest.raises(RuntimeError, match=f"layer 2 .*{IN_USE}"):
+            cache.reset()
+        assert [layer.length for layer in cache.layers] == [101, 101, 101, 100]
+        assert [layer.busy != 0 for layer in cache.layers] == [broken, False, True, False] and not cache.busy
+        go_on.set()
+        assert torch.equal(job.result(), want)
+    assert [layer.length for layer in cache.layers] == [101] * 4
+    if broken:
+        with pytest.raises(RuntimeError, match=r"layer 0 .*half changed.*cache.reset\(\)"):
+            forward(model, cache, step)
+        cache.reset()
+    else:
+        cache.crop(-101)
+    assert relative_gap(forward(model, cache, IDS[:, :101])[:, -1:], want) <= 1e-5
+
+
+def test_a_pass_does_not_go_on_in_a_cache_that_was_emptied():
+    """Between two layers nobody holds it, and whether the pass will go on cannot be told."""
+    model, cache = tiny("llama", num_hidden_layers=4), lossless()
+    forward(model, cache, IDS[:, :100])
+
+    def other(*_):
+        hook.remove()
+        in_thread(cache.reset)
+
+    hook = model.model.layers[2].register_forward_pre_hook(other)
+    with pytest.raises(RuntimeError, match=IN_USE):
+        forward(model, cache, IDS[:, 100:140])
+    assert not cache.layers and cache.report().nbytes == 0
+    assert torch.equal(forward(model, cache, IDS[:, :100]), forward(model, lossless(), IDS[:, :100]))
 
 
 class Turns:
@@ -214,13 +477,13 @@ def test_passes_that_take_turns(seed):
     model, alone = filled()
     for at in order:
         assert relative_gap(given[at], forward(model, alone, IDS[:, at : at + 1])) <= 1e-5
-    assert relative_gap(*(forward(model, each, IDS[:, 120:]) for each in (cache, alone))) <= 1e-5
+    assert relative_gap(*(forward(model, each, IDS[:, 120:140]) for each in (cache, alone))) <= 1e-5
 
 
 def test_many_passes_at_once():
     """As it comes: what is not refused is in the cache, and back before all of it the cache is whole."""
     model, cache = filled()
-    want, given, errors = forward(model, copy.deepcopy(cache), IDS[:, 100:]), [], []
+    want, given, errors = forward(model, copy.deepcopy(cache), IDS[:, 100:140]), [], []
 
     def read(seed):
         for _ in range(15):
@@ -244,7 +507,7 @@ def test_many_passes_at_once():
     if not cache.get_seq_length():
         forward(model, cache, IDS[:, :100])
     assert {layer.length for layer in cache.layers} == {100}
-    assert relative_gap(forward(model, cache, IDS[:, 100:]), want) <= 1e-5
+    assert relative_gap(forward(model, cache, IDS[:, 100:140]), want) <= 1e-5
 
 
 def test_one_thread_after_the_other():
@@ -293,6 +556,74 @@ print(os.read(ends, 9).decode(), torch.equal(ops.attend(store.core(), query), wa
 def test_a_forked_process_goes_on(before):
     """And so does its parent; the child has none of the threads of the pool, which torch started if not the kernels."""
     assert python(FORKED.format(before=before), OMP_NUM_THREADS="4").split() == ["done", "True"]
+
+
+LEFT = """
+import os, signal, threading, warnings, torch
+from models import forward, lossless, prompts, tiny
+from mixkvq import ops
+from mixkvq.store import PackedStore
+
+warnings.simplefilter("ignore")  # that a process with threads forks
+model, ids = tiny("llama"), prompts([140])["input_ids"]
+want = forward(model, lossless(), ids[:, :120])
+
+def in_child(thread):
+    cache.layers[0].reset()  # whoever is torn, this one is not
+    for attempt in (lambda: forward(model, cache, ids[:, :1]), lambda: cache.crop(-1), lambda: cache.fork(1)):
+        try:
+            attempt()
+        except (RuntimeError, ValueError) as error:
+            assert "cache.reset()" in str(error) and "thread" not in str(error), error
+        else:
+            raise AssertionError(attempt)
+    cache.reset()
+    assert torch.equal(forward(model, cache, ids[:, :120]), want)
+    os.write(begin, b"%d" % (threading.get_ident() == worker.ident))
+
+for owner, name, n in ((ops, "attend", 1), (PackedStore, "append", 3)):
+    for thread in (False, True):
+        cache, calls, inside, go_on = lossless(), [], threading.Event(), threading.Event()
+        forward(model, cache, ids[:, :100])
+        real = getattr(owner, name)
+
+        def slowly(*args, **kwargs):
+            if threading.current_thread() is worker:
+                calls.append(1)
+                if len(calls) == 2:  # of the last layer
+                    inside.set()
+                    assert go_on.wait(60)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, slowly)
+        worker = threading.Thread(target=forward, args=(model, cache, ids[:, 100 : 100 + n]))
+        worker.start()
+        assert inside.wait(60)
+        ends, begin = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            if thread:  # it may well get the identity of the one that is not there
+                new = threading.Thread(target=in_child, args=(thread,))
+                new.start()
+                new.join()
+            else:
+                in_child(thread)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        go_on.set()
+        worker.join()
+        setattr(owner, name, real)
+        print(os.read(ends, 9).decode(), [layer.length - n for layer in cache.layers])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_told_of_a_pass_that_is_not_there():
+    """That of another thread, on the short path or not; in the child this thread goes on, or a new one."""
+    told = [line.split(maxsplit=1) for line in python(LEFT).splitlines()]
+    assert [lengths for _, lengths in told] == ["[100, 100]"] * 4
+    assert [same for same, _ in told][::2] == ["0", "0"] and {same for same, _ in told} <= {"0", "1"}
 
 
 # ---- the end of the interpreter ------------------------------------------------------------------------------------
