@@ -180,8 +180,8 @@ mkvq_status mkvq_pack(const mkvq_pack_args *args, mkvq_error *error);
 
 /* ---- the packed history of a layer ----------------------------------------------------------- */
 typedef struct {
-    const uint64_t *slab_base; /* [slabs] addresses */
-    const int64_t *slab_bytes; /* [slabs] */
+    const uint64_t *slab_base; /* [slabs] addresses, of which only their alignment can be checked */
+    const int64_t *slab_bytes; /* [slabs], all of which must be readable */
     int64_t slabs;
     const int64_t *place;  /* [B,H,place_stride]: slab << MKVQ_SLAB_SHIFT | offset */
     int64_t place_stride;  /* entries per head, >= every blocks[b] */

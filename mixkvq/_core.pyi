@@ -38,6 +38,12 @@ class Codec:
     def record_bound(self) -> int: ...
 
 class Layer:
+    """One layer's packed history and exact window.
+
+    ``slab_base`` holds addresses in an ordinary array, which cannot be checked: ``slab_bytes`` bytes of records must be
+    there, as long as the layer is.
+    """
+
     def __new__(
         cls,
         k: Array,

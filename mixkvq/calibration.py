@@ -12,6 +12,7 @@ from typing import Any
 
 from . import strict_json
 from .config import MixKVQConfig
+from .files import checked_path, opened
 from .fingerprint import fingerprint
 
 VERSION = 1
@@ -147,21 +148,14 @@ class Calibration:
             raise ValueError(
                 f"unknown entries {sorted(unknown)}, missing entries {sorted(missing)}; known: {sorted(known)}"
             )
-        layers = data["layers"]
-        if not isinstance(layers, dict):
-            raise TypeError(f"layers is {layers!r:.80}, must be an object")
-        if len(layers) > MAX_LAYERS:
-            raise ValueError(f"layers has {len(layers)} entries, must have {MAX_LAYERS} at most")
-        for key in layers:
-            if not _INDEX.fullmatch(key):
-                raise ValueError(f"layers has the index {key!r}, must be whole numbers from 0")
+        layers = by_layer("layers", data["layers"])
         if not isinstance(data["summary"], dict):
             raise TypeError(f"summary is {data['summary']!r}, must be an object")
         return cls(
             data["fingerprint"],
             data["preset"],
             _frozen(data["fields"]),
-            {int(index): _frozen(fields) for index, fields in layers.items()},
+            {index: _frozen(fields) for index, fields in layers.items()},
             data["summary"],
         )
 
@@ -173,10 +167,12 @@ class Calibration:
         ------
         ValueError
             Naming the file and what is wrong with it.
+        TypeError
+            If ``path`` is none.
         OSError
-            If it cannot be read.
+            If it cannot be read, or is no file.
         """
-        with Path(path).open("rb") as file:
+        with opened(checked_path(path)) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"calibration {path} is larger than {MAX_BYTES} bytes: no calibration is")
@@ -199,6 +195,24 @@ class Calibration:
         if isinstance(source, (str, Path)):
             return cls.load(source)
         raise TypeError(f"calibration is {source!r}, must be the path of a file or a Calibration")
+
+
+def by_layer(name: str, value: Any) -> dict[int, Any]:
+    """An object of JSON whose names are indices of layers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Saying what ``name`` is.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {value!r:.80}, must be an object")
+    if len(value) > MAX_LAYERS:
+        raise ValueError(f"{name} has {len(value)} entries, must have {MAX_LAYERS} at most")
+    for key in value:
+        if not _INDEX.fullmatch(key):
+            raise ValueError(f"{name} has the index {key!r:.80}, must be whole numbers from 0")
+    return {int(key): inner for key, inner in value.items()}
 
 
 def _check_fields(where: str, fields: Any) -> None:

@@ -8,6 +8,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ def checked_path(path: Any) -> Path:
     if not os.fspath(path) or "\0" in os.fspath(path):
         raise ValueError(f"path is {path!r}, must name a file")
     return Path(path)
+
+
+def opened(path: Path) -> BufferedReader:
+    """Open a file for reading.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, or is no file: a pipe would block, a device may never end.
+    """
+    if path.exists() and not path.is_file():
+        raise _irregular(path)
+    file = path.open("rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was another a moment ago
+        file.close()
+        raise _irregular(path)
+    return file
+
+
+def _irregular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 @contextmanager
@@ -60,9 +82,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     mode = _mode(path)
-    made = path.with_name(f".{path.name[:200]}-{secrets.token_hex(4)}")
-    os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else 0o600))
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a name has 255 bytes at most, not characters
+    made = path.with_name(f".{name}-{secrets.token_hex(8)}")  # nobody else's, so that it can be removed unseen
     try:
+        made.touch(0o666 if mode is None else 0o600, exist_ok=False)
         yield made
         if mode is not None:
             made.chmod(mode)
@@ -83,7 +106,7 @@ def _mode(path: Path) -> int | None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise _irregular(path)
     return stat.S_IMODE(mode)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from . import compat
 from .linear import LATE_STATES
+from .strict_json import MAX_COUNT
 from .tensorfile import DTYPES, NAMES
 
 Put = Callable[[str, torch.Tensor], str]
@@ -98,6 +99,8 @@ def _decoded(value: Any, get: Get, device: torch.device) -> Any:
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise ValueError("a list among its attributes")
+        if type(value) is int and abs(value) > MAX_COUNT:
+            raise ValueError(f"the number {value!r:.80} among its attributes")
         return value
     ((kind, inner),) = value.items()
     if kind == "tensor":
@@ -209,10 +212,13 @@ def _check_tokens(layer: Any) -> None:
     tokens, keys, values = 0, getattr(layer, "keys", None), getattr(layer, "values", None)
     if (keys is None) is not (values is None):
         raise ValueError("it has keys or values alone")
-    if keys is not None and values is not None and keys.numel():
-        if keys.dim() < 3 or keys.shape[0] != values.shape[0] or keys.shape[-2] != values.shape[-2]:
+    if keys is not None and values is not None and not (keys.shape == values.shape == (0,)):  # as transformers begins
+        if min(keys.dim(), values.dim()) < 3 or (len(keys), keys.shape[-2]) != (len(values), values.shape[-2]):
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} do not belong together")
         tokens = keys.shape[-2]
+        floating = keys.is_floating_point() and values.is_floating_point()  # of two widths under autocast
+        if not floating and keys.dtype != values.dtype:
+            raise ValueError(f"keys are {keys.dtype}, values {values.dtype}")
     if window := getattr(layer, "sliding_window", None):
         seen = layer.cumulative_length
         least = min(seen, window - 1 or seen)

@@ -16,7 +16,7 @@ import torch
 
 from . import foreign, reasons, strict_json, tensorfile, torch_module
 from .autograd import outside_autograd
-from .calibration import MAX_LAYERS, Calibration
+from .calibration import MAX_LAYERS, Calibration, by_layer
 from .config import MixKVQConfig
 from .errors import CacheFileError
 from .files import checked_path
@@ -29,6 +29,7 @@ from .placement import Placement, placed
 from .reasons import Reason
 from .saving import FORMAT, HYBRID, OURS, VERSION
 from .states import DTYPES, codec_of, common_dtype
+from .strict_json import MAX_COUNT
 from .tensorfile import DTYPES as TENSOR_DTYPES
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="MixKVQCache")
 _MAX_TEXT = 2000  # characters of a reason
-_MAX_COUNT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _count(value: Any, name: str, most: int = _MAX_COUNT) -> int:
+def _count(value: Any, name: str, most: int = MAX_COUNT) -> int:
     if not 0 <= _is(value, int, name) <= most:
         raise ValueError(f"{name} is {value}, must be from 0 to {most}")
     return int(value)
@@ -180,8 +180,8 @@ class _Loader:
         if calibration is not None:
             cache.calibration = Calibration.from_json(_is(calibration["json"], str, "calibration"))
             cache._base_name = _text(calibration["name"])
-        configs = _some(about["layer_configs"], dict, "layer_configs")
-        cache._layer_configs = {int(index): self._config(number) for index, number in configs.items()}
+        configs = by_layer("layer_configs", about["layer_configs"])
+        cache._layer_configs = {index: self._config(number) for index, number in configs.items()}
         cache._learned = _is(about["learned"], bool, "learned")
         cache._record_past = _is(about["record_past"], bool, "record_past")
         for index, layer in enumerate(_some(about["layers"], list, "layers")):
@@ -296,6 +296,8 @@ def _restore_plain(layer: MixKVQLayer, given: Mapping[str, torch.Tensor]) -> Non
     tokens = k.shape[-2] if k.dim() >= 3 else -1
     if tokens != layer.length or tokens <= 0 or v.dim() < 3 or (len(v), v.shape[-2]) != (len(k), tokens):
         raise ValueError(f"length is {layer.length}, keys {list(k.shape)} and values {list(v.shape)}")
+    if len(k) and not k.numel():
+        raise ValueError(f"{len(k)} rows of keys {list(k.shape)}, which hold nothing")
     if layer.mode == PLAIN:  # it will be packed
         if k.dim() != 4 or k.shape != v.shape or common_dtype(k, v) not in DTYPES:
             raise ValueError(f"keys {k.dtype} {list(k.shape)} and values {v.dtype} {list(v.shape)} cannot be packed")

@@ -13,6 +13,7 @@ from .queries import QueryStatistics
 from .slabs import ALIGNMENT, RecordTable
 from .states import codec_of
 from .store import PackedStore
+from .strict_json import MAX_COUNT
 
 _DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3}  # docs/format.md section 1
 _METADATA = {"e5m3": 0, "fp16": 1}
@@ -53,7 +54,7 @@ def restored_queries(config: MixKVQConfig, given: Tensors, whole: Any) -> QueryS
     ValueError
         If they do not fit to the keys.
     """
-    if type(whole) is not int or not 0 <= whole < 1 << 62:
+    if type(whole) is not int or not 0 <= whole < MAX_COUNT:
         raise ValueError(f"query_count is {whole!r:.80}")
     sum, count = given.get("query_sum"), given.get("query_count")
     if sum is None and count is None:
@@ -63,7 +64,7 @@ def restored_queries(config: MixKVQConfig, given: Tensors, whole: Any) -> QueryS
         raise ValueError("query_sum is there, and nothing that it is for")
     sum = _tensor(given, "query_sum", torch.float64, (*keys.shape[:2], keys.shape[3]))
     count = _tensor(given, "query_count", torch.int64, tuple(keys.shape[:1]))
-    if bool(((count < 0) | (count >= 1 << 62)).any()):
+    if bool(((count < 0) | (count >= MAX_COUNT)).any()):
         raise ValueError("query_count is below 0 or too large")
     return QueryStatistics.restored(config.salience, sum, count, whole)
 
@@ -122,7 +123,7 @@ def restored_store(
     coded[place >= 0] = torch.from_numpy(headers["kind"][index.reshape(-1)] == 0)
     widths = {int(n) for n in headers["nbytes"]}
     table = RecordTable.restored(slab, place, blocks, widths)
-    reference = _reference(given, codec, (batch, heads, dim), coded.any(2))
+    reference = _reference(given, codec, (batch, heads, dim), coded)
     return PackedStore.restored(config, codec, (k, v, exact), start, table, reference, queries, length, raised)
 
 
@@ -163,13 +164,13 @@ def _check_headers(headers: Any, codec: BlockCodec) -> None:
 def _reference(
     given: Tensors, codec: BlockCodec, shape: tuple[int, int, int], coded: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """mu and has_mu, which a head has as long as it has a coded record."""
+    """mu and has_mu, which a head has as long as it has a record that is coded, bool [B, H, blocks]."""
     if not codec.key_reference or codec.allocate == "exact":
         if "mu" in given or "has_mu" in given:
             raise ValueError("mu is there, and no key is coded against it")
         return None
     mu = _tensor(given, "mu", torch.float16, shape)
     has_mu = _tensor(given, "has_mu", torch.uint8, shape[:2])
-    if not torch.equal(has_mu, coded.to(torch.uint8)) or not bool(mu.isfinite().all()):
+    if not torch.equal(has_mu, coded.any(2).to(torch.uint8)) or not bool(mu.isfinite().all()):
         raise ValueError("mu is not that of the heads with coded records")
     return mu, has_mu

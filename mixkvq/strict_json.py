@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from math import isinf
 from typing import Any
 
+MAX_COUNT = 1 << 62
+"""What a whole number in a file is at most, where nothing smaller bounds it: sums of two are still int64."""
+_ESCAPE = re.compile(r"\\(?:u(?:d[89ab]..\\ud[c-f]..|(d[89a-f]..)|....)|.)", re.IGNORECASE)
+
 
 def parse(text: str) -> Any:
-    """Read JSON in which every name is unique and every number is one of JSON, and finite as a float.
+    """Read JSON in which names are unique, numbers are those of JSON, finite as a float, and text can be encoded.
 
     Raises
     ------
     ValueError, RecursionError
         For anything else.
     """
-    return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
+    value = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
+    for escape in _ESCAPE.finditer(text):
+        if escape[1]:
+            raise ValueError(f"\\u{escape[1]} is half a character")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,28 +11,29 @@ not prove who wrote a file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from . import strict_json
 from .errors import CacheFileError
-from .files import replaced_file
+from .files import opened, replaced_file
 
 MAX_HEADER = 4 << 20
 """Bytes: 100 layers take 150 kB."""
 _MAX_SIZE = 1 << 48  # of one dimension
 _ALIGNMENT = 64  # of the first tensor in the file
 _CHECKSUM, _ZEROS = "checksum", "0" * 64
+_DIGITS = re.compile("[0-9a-f]{64}")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -93,7 +94,7 @@ def write(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry])
     OSError
         If it cannot be written, naming the file; what was there before stays.
     ValueError
-        If the header would be larger than `MAX_HEADER`.
+        If the header would be larger than `MAX_HEADER`, or `read` would not believe a tensor's sizes.
     """
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {_CHECKSUM: _ZEROS, **metadata}}
@@ -106,6 +107,9 @@ def write(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry])
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise ValueError(f"the cache has {len(entries)} tensors: a file's header holds at most {MAX_HEADER} bytes")
+    for name, entry in entries.items():
+        if not _believed(entry.shape, 8 + len(text) + end):
+            raise ValueError(f"the cache has no numbers in {name}, whose sizes are {list(entry.shape)}")
     try:
         with replaced_file(path) as made, made.open("r+b") as file:
             digest = hashlib.sha256(text)
@@ -154,14 +158,10 @@ def read(
     OSError
         If it cannot be read.
     """
-    if path.exists() and not path.is_file():  # a pipe would block, a device may never end
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno())
-        if not stat.S_ISREG(size.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        text, data = _header(path, file, size.st_size)
-        metadata, entries = _parse(path, text, data)
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        text, data = _header(path, file, size)
+        metadata, entries = _parse(path, text, data, size)
         magic(metadata, list(entries))
         digest = hashlib.sha256(_without_checksum(path, text, metadata))
         tensors = {}
@@ -174,10 +174,10 @@ def read(
             tensors[name] = raw.view(dtype).view(shape)
     if digest.hexdigest() != metadata[_CHECKSUM]:
         raise CacheFileError(f"{path} is damaged: its checksum is not that of its content; save the cache again")
-    return metadata, tensors, size.st_size
+    return metadata, tensors, size
 
 
-def _header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, int]:
+def _header(path: Path, file: BufferedReader, size: int) -> tuple[bytes, int]:
     """The header, and how many bytes follow it."""
     if size == 0:
         raise CacheFileError(f"{path} is empty")
@@ -195,7 +195,7 @@ def _header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, int]:
 _Found = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
 
 
-def _parse(path: Path, text: bytes, available: int) -> tuple[dict[str, str], _Found]:
+def _parse(path: Path, text: bytes, available: int, size: int) -> tuple[dict[str, str], _Found]:
     """Metadata, and dtype, shape and bytes of every tensor in the order of the file."""
     try:
         header = strict_json.parse(text.decode())
@@ -214,6 +214,8 @@ def _parse(path: Path, text: bytes, available: int) -> tuple[dict[str, str], _Fo
                 continue
             if prod(shape) * DTYPES[dtype].itemsize != end - begin:
                 raise ValueError(f"{name!r} has {end - begin} bytes for {dtype} {list(shape)}")
+            if not _believed(shape, size):
+                raise ValueError(f"{name!r} has no numbers, and the sizes {list(shape)}")
             found.append((begin, end, name, DTYPES[dtype], shape))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CacheFileError(f"{path} is no safetensors file, or damaged: {error!r}") from error
@@ -230,6 +232,15 @@ def _parse(path: Path, text: bytes, available: int) -> tuple[dict[str, str], _Fo
     return metadata, entries
 
 
+def _believed(shape: tuple[int, ...], size: int) -> bool:
+    """Whether a file of ``size`` bytes may have a tensor of this shape: one without numbers has no bytes to show.
+
+    Caches have such tensors (no rows, no tokens, no blocks) beside others of the same rows, heads or channels; later
+    code makes lists of the rows, and torch multiplies what is not 0.
+    """
+    return 0 not in shape or (max(shape) <= size and prod(n for n in shape if n) < _MAX_SIZE)
+
+
 def _sizes(value: Any, name: str) -> tuple[int, ...]:
     """A list of sizes."""
     if not (isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < _MAX_SIZE for n in value)):
@@ -239,7 +250,7 @@ def _sizes(value: Any, name: str) -> tuple[int, ...]:
 
 def _without_checksum(path: Path, text: bytes, metadata: Mapping[str, str]) -> bytes:
     """The header as it was when the checksum was made."""
-    digits = metadata.get(_CHECKSUM, "").encode()
-    if len(digits) != len(_ZEROS) or text.count(digits) != 1:
+    digits = metadata.get(_CHECKSUM, "")
+    if not _DIGITS.fullmatch(digits) or text.count(digits.encode()) != 1:
         raise CacheFileError(f"{path} is damaged: its checksum is missing; save the cache again")
-    return text.replace(digits, _ZEROS.encode())
+    return text.replace(digits.encode(), _ZEROS.encode())

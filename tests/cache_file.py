@@ -19,12 +19,22 @@ SHORT = {"block_length": 32, "residual_length": 32, "key_group_size": 32}
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "U8": np.uint8}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+RIGHT = "0" * 64
+"""In the place of a checksum: the one that belongs to the rest."""
 
 
 def save_one(path: Path) -> Path:
     """Save a cache of a sliding and a packed layer, two rows, one padded."""
     cache, inputs = MixKVQCache(**SHORT), prompts([90, 77])
     forward(tiny("gemma3"), cache, inputs["input_ids"], inputs["attention_mask"])
+    cache.save(path)
+    return path
+
+
+def save_plain(path: Path) -> Path:
+    """Save a cache of two layers that are not packed yet, and hold keys and values alone."""
+    cache = MixKVQCache("kivi-2", **SHORT)
+    forward(tiny(), cache, prompts([20])["input_ids"])
     cache.save(path)
     return path
 
@@ -40,6 +50,7 @@ class CacheFile:
     Attributes
     ----------
     metadata : dict
+        Its "checksum" is `RIGHT` until it is changed.
     about : dict
         The JSON under "cache".
     tensors : dict
@@ -50,7 +61,7 @@ class CacheFile:
         data = path.read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
-        self.metadata: dict[str, str] = header.pop("__metadata__")
+        self.metadata: dict[str, str] = header.pop("__metadata__") | {"checksum": RIGHT}
         self.about: dict[str, Any] = json.loads(self.metadata["cache"])
         self.tensors: dict[str, np.ndarray] = {}
         for name, entry in header.items():
@@ -67,7 +78,7 @@ class CacheFile:
         return found
 
     def write(self, path: Path, cache: str | None = None, header: dict[str, Any] | None = None) -> Path:
-        """Write it with the checksum that belongs to it.
+        """Write it, unless its checksum was changed with the one that belongs to it.
 
         Parameters
         ----------
@@ -78,9 +89,11 @@ class CacheFile:
             Instead of `header`.
         """
         cache = json.dumps(self.about) if cache is None else cache
-        metadata = {**self.metadata, "checksum": "0" * 64, "cache": cache}
+        metadata = {**self.metadata, "cache": cache}
         text = json.dumps({"__metadata__": metadata, **(self.header() if header is None else header)}).encode()
         data = b"".join(tensor.tobytes() for tensor in self.tensors.values())
-        digest = hashlib.sha256(text + data).hexdigest().encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text.replace(b"0" * 64, digest, 1) + data)
+        if metadata.get("checksum") == RIGHT:
+            digest = hashlib.sha256(text + data).hexdigest()
+            text = text.replace(RIGHT.encode(), digest.encode(), 1)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
         return path

@@ -1,6 +1,6 @@
 """A model of the cache to judge it by: the stock cache, and what a packed layer should hold, made by the oracle.
 
-Only docs/format.md and docs/cache.md are behind it: rows count from their first real token, a row that has sinks and a
+Only docs/format.md and these rules are behind it: rows count from their first real token, a row that has sinks and a
 full window has its oldest block packed once attention has run, a block that is cut by a crop goes back decoded.
 """
 

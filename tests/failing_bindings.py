@@ -207,7 +207,8 @@ def sweep(what: str) -> None:
             if what == "working":
                 assert isinstance(error, (MemoryError, ImportError, NoneType)), (name, error)
                 got = plain(call())
-                assert got == want or name == "attend", (name, got)
+                same = np.allclose(got, want, rtol=1e-6, atol=0) if name == "attend" else got == want
+                assert same, (name, got)  # attention over more queries adds in another order
             else:
                 assert type(error) in (MemoryError, want), (name, error)
             failures += 1

@@ -438,6 +438,8 @@ def test_set_isa_errors():
     before = _core.isa()
     with pytest.raises(ValueError, match="name is 'sse9', must be one of scalar"):
         _core.set_isa("sse9")
+    with pytest.raises(ValueError, match=r"name is 'scalar\\x00x', must be one of scalar"):
+        _core.set_isa("scalar\0x")
     with pytest.raises(TypeError, match="name is 3, must be a str or None"):
         _core.set_isa(3)
     assert _core.isa() == before

@@ -25,19 +25,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from one_layer import DIM, HEADS
 
 from mixkvq import MixKVQCache, MixKVQConfig, compat
+from mixkvq.presets import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:MixKVQCache")
 
 LAYERS, MOST_COLUMNS, MOST_CACHES, MOST_ROWS = 2, 230, 3, 4
 LEAST_CROP = 0 if compat.VERSION >= (5, 14) else 1  # before, 0 was a length
 BLOCK = {"block_length": 32, "residual_length": 32, "key_group_size": 32}
-CODINGS = {
-    "lossless": ("lossless", {}),
-    "default": ("default", {}),
-    "compact": ("compact", {}),
+CODINGS = {name: (name, {}) for name in PRESETS} | {
     "paper": ("paper", {"thresholds": (1.0, 0.4)}),
-    "kivi-2": ("kivi-2", {}),
-    "kivi-4": ("kivi-4", {}),
     "layer": ("default", {"allocate": "layer", "key_budget": 4}),
     "budget": ("default", {"allocate": "budget", "key_budget": 4}),
     "exact values": ("default", {"value_bits": 16, "value_basis": "identity"}),

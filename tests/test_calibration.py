@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 
 import pytest
@@ -217,3 +218,10 @@ def test_bytes_that_are_no_text_and_things_that_are_no_file(tmp_path):
         Calibration.load(tmp_path / "none.json")
     with pytest.raises(TypeError, match="calibration is 3"):
         MixKVQCache("default", calibration=3)
+    for strange, error in ((3, TypeError), (b"c", TypeError), ("", ValueError), ("a\0b", ValueError)):
+        with pytest.raises(error, match=r"path is .*, must"):
+            Calibration.load(strange)
+    os.mkfifo(tmp_path / "pipe")
+    for strange in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match=f"not a regular file: '{strange}'"):
+            Calibration.load(strange)

@@ -51,6 +51,19 @@ def test_a_disk_that_is_full(cache, small_disk):
     assert path.read_bytes() == old
 
 
+@pytest.mark.parametrize("name", ["漢" * 84 + "abc", "é" * 127, "a" * 255, "\udcff" * 255, "漢"], ids=ascii)
+def test_any_name_that_a_file_can_have(cache, tmp_path, name):
+    """255 bytes at most, whatever the characters; the temporary file's is no longer."""
+    path = tmp_path / name
+    try:
+        path.write_bytes(b"old")
+    except OSError as error:
+        pytest.skip(f"this file system has no such name: {error.strerror}")
+    cache.save(path)
+    assert os.listdir(tmp_path) == [name]
+    assert MixKVQCache.load(path).get_seq_length() == 140
+
+
 SAVE = """
 import os, sys
 from mixkvq import MixKVQCache

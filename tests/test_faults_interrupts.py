@@ -260,6 +260,46 @@ def test_ctrl_c_at_every_moment(name):
     assert tried == moments > 500 and emptied <= tried // 20
 
 
+def sweep_save(folder: Path, first: int, step: int) -> tuple[int, int, int]:
+    """(moments of a `save`, those tried, those after which the new file was there)."""
+    model, path = tiny("llama", num_hidden_layers=1), folder / "c"
+    cache, at, n = begun("step that packs", model)
+    want = go_on(model, copy.deepcopy(cache), at, n)
+    old = b"old"
+    with interrupted(0) as moments:
+        cache.save(path)
+    new, tried, replaced = path.read_bytes(), 0, 0
+    for moment in range(first, moments[0] + 1, step):
+        path.write_bytes(old)
+        with pytest.raises(KeyboardInterrupt) as stop, interrupted(moment):
+            cache.save(path)
+        where = moment, stop.traceback[-2]
+        assert os.listdir(folder) == ["c"], where
+        found = path.read_bytes()
+        assert found in (old, new), where
+        tried += 1
+        replaced += found == new
+    cache.save(path)
+    assert path.read_bytes() == new
+    for each in (cache, MixKVQCache.load(path)):
+        assert same(go_on(model, each, at, n), want)
+    return moments[0], tried, replaced
+
+
+def test_ctrl_c_now_and_then_while_a_cache_is_saved(tmp_path):
+    moments, tried, replaced = sweep_save(tmp_path, 3, 97)
+    print(moments, tried, replaced)
+    assert tried > 50 and replaced <= tried // 20
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_ctrl_c_at_every_moment_while_a_cache_is_saved(tmp_path):
+    moments, tried, replaced = sweep_save(tmp_path, 1, 1)
+    print(moments, tried, replaced)
+    assert tried == moments > 500 and 0 < replaced <= tried // 20
+
+
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_real_ctrl_c_at_any_time(monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_file import SHORT, CacheFile, own_path, save_one
+from cache_file import SHORT, CacheFile, own_path, save_one, save_plain
 from models import forward, prompts, tiny
 
 from mixkvq import MixKVQCache, compat, tensorfile
@@ -176,7 +176,11 @@ HOSTILE = {
     "no layers": lambda file: file.about.pop("layers"),
     "one layer": lambda file: file.about["layers"].pop(),
     "another layer": lambda file: file.about["layers"].append(packed(file)),
-    "layer_configs": lambda file: file.about.update(layer_configs={"x": 0}),
+    **{
+        f"layer_configs {index!r}": lambda file, index=index: file.about.update(layer_configs={index: 0})
+        for index in ("x", "", "-5", " 3", "1_0", "01", "+1", "\u0663")
+    },
+    "half a character": lambda file: file.about.update(model={"fingerprint": "\ud800", "fields": {}}),
     "calibration": lambda file: file.about.update(calibration={"name": "default", "json": "{}"}),
     "model": lambda file: file.about.update(model={"fingerprint": 1, "fields": {}}),
     "model without fields": lambda file: file.about.update(model={"fingerprint": "x"}),
@@ -235,6 +239,10 @@ HOSTILE = {
     "window below": setting(sliding, "sliding_window", -1),
     "window text": setting(sliding, "sliding_window", "48"),
     "seen": setting(sliding, "cumulative_length", 3),
+    "seen beyond int64": setting(sliding, "cumulative_length", 10**30),
+    "values of integers": lambda file: file.tensors.update(
+        {"layers.0.values": file.tensors["layers.0.values"].astype("int64")}
+    ),
     "not initialized": setting(sliding, "is_initialized", False),
     "keys alone": setting(sliding, "values", None),
     "keys twice": setting(sliding, "values", {"tensor": "layers.0.keys"}),
@@ -359,10 +367,105 @@ def test_hostile_text(saved, tmp_path):
     refused(file.write(path, header=overlapping), "does not begin at")
     huge = {**entry, "shape": [1 << 40], "data_offsets": [0, 8 << 40]}
     refused(file.write(path, header={name: {**huge, "dtype": "I64"}}), "is truncated")
+    for shape in ([0, (1 << 48) - 1, (1 << 48) - 1], [1 << 47, 1 << 47, 0], [0] + [3000] * 7):
+        without = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+        refused(file.write(path, header={"x": without, **file.header()}), "damaged.*'x' has no numbers")
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
     refused(path, "no safetensors file")
     path.write_bytes((tensorfile.MAX_HEADER + 1).to_bytes(8, "little") + b" " * (tensorfile.MAX_HEADER + 1))
     refused(path, "no safetensors file")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\udfff", "x\ud83d", "\ud83d\\ude00", "\ud83d \ude00", "\ud800" * 64])
+@pytest.mark.parametrize("where", ["checksum", "version", "format", "preset", "model", "x"])
+def test_half_a_character_anywhere(saved, tmp_path, where, text):
+    file = CacheFile(saved)
+    file.metadata[where] = text
+    refused(file.write(tmp_path / "c"), "half a character")
+    file.metadata[where] = file.metadata["preset"] = "😀é\\ud800"
+    if where not in ("preset", "model", "x"):
+        refused(file.write(tmp_path / "c"))
+    else:  # which says the same to everybody: a whole one, and what only looks like half
+        MixKVQCache.load(file.write(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("checksum", [None, "", "0" * 63, "0" * 64 + " ", "é" * 32, "F" * 64, "f" * 64])
+def test_checksums_that_are_none(saved, tmp_path, checksum):
+    file = CacheFile(saved)
+    file.metadata["checksum"] = checksum
+    if checksum is None:
+        del file.metadata["checksum"]
+    refused(file.write(tmp_path / "c"), "not that of its content" if checksum == "f" * 64 else "checksum is missing")
+
+
+# ---- tensors without numbers ---------------------------------------------------------------------------------------
+def hollow(path: Path, shape: list[int], *, mode: str) -> Path:
+    """A cache that holds keys and values of this shape, none at all."""
+    file = CacheFile(save_plain(path))
+    for layer in file.about["layers"]:
+        layer.update(mode=mode, reason=["x", "y"])
+    file.tensors = {
+        name: tensor.reshape(-1)[:0] for name, tensor in file.tensors.items() if name.rpartition(".")[2] in ("k", "v")
+    }
+    assert len(file.tensors) == 4
+    return file.write(path, header={name: {**entry, "shape": shape} for name, entry in file.header().items()})
+
+
+@pytest.mark.parametrize("mode", ["plain", "native"])
+@pytest.mark.parametrize(
+    "shape", [[1 << 40, 0, 20, 16], [1 << 40, 20, 20, 0], [0, 1 << 40, 20, 16], [0, 2, 20, 1 << 40]]
+)
+def test_sizes_that_no_number_shows_are_not_believed(tmp_path, shape, mode):
+    refused(hollow(tmp_path / "c", shape, mode=mode), "has no numbers")
+
+
+@pytest.mark.parametrize("mode", ["plain", "native"])
+@pytest.mark.parametrize("shape", [[1000, 0, 20, 16], [1, 2, 20, 0], [1000, 2, 20, 0]])
+def test_rows_of_nothing_are_refused(tmp_path, shape, mode):
+    refused(hollow(tmp_path / "c", shape, mode=mode), "rows of keys .*, which hold nothing")
+
+
+def test_a_window_with_values_narrower_than_its_keys_is_loaded(saved, tmp_path):
+    """As autocast leaves them."""
+    file = CacheFile(saved)
+    file.tensors["layers.0.values"] = file.tensors["layers.0.values"].astype("float16")
+    layer = MixKVQCache.load(file.write(tmp_path / "c")).layers[0]
+    assert (layer.keys.dtype, layer.values.dtype) == (torch.float32, torch.float16)
+
+
+EMPTY = {
+    "nothing": (lambda cache: cache.reset(), "gemma3", 90),
+    "no tokens": (lambda cache: cache.crop(-20), "gemma3", 20),
+    "no rows": (lambda cache: cache.batch_select_indices(torch.tensor([], dtype=torch.long)), "gemma3", 5),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_caches_without_numbers_are_saved_and_loaded(tmp_path, name):
+    """What is cropped to nothing keeps its rows and heads in a sliding window; what lost its rows, its tokens."""
+    change, family, tokens = EMPTY[name]
+    cache = MixKVQCache(config=tiny(family).config, **SHORT)
+    forward(tiny(family), cache, prompts([tokens])["input_ids"])
+    change(cache)
+    cache.save(tmp_path / "c")
+    again = MixKVQCache.load(tmp_path / "c")
+    for layer, other in zip(cache.layers, again.layers, strict=True):
+        assert layer.get_seq_length() == other.get_seq_length()
+        assert (layer.keys is None) is (other.keys is None)
+        assert layer.keys is None or layer.keys.shape == other.keys.shape
+    again.save(tmp_path / "d")
+    assert (tmp_path / "d").read_bytes() == (tmp_path / "c").read_bytes()
+    if name != "no rows":
+        want, got = (forward(tiny(family), each, prompts([7])["input_ids"]) for each in (cache, again))
+        assert torch.equal(want, got)
+
+
+def test_sizes_that_would_not_be_believed_are_not_written(tmp_path):
+    entry = tensorfile.Entry.of(torch.empty(0, 5000, 16))
+    with pytest.raises(ValueError, match=r"no numbers in x, whose sizes are \[0, 5000, 16\]"):
+        tensorfile.write(tmp_path / "c", {}, {"x": entry})
+    tensorfile.write(tmp_path / "c", {}, {"x": entry, "y": tensorfile.Entry.of(torch.zeros(5000, dtype=torch.uint8))})
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_number_that_no_file_holds_is_not_saved(saved, tmp_path):

@@ -36,7 +36,7 @@ static PyObject *isas(PyObject *module, PyObject *unused)
 
 /* Sets the error `type` "WHAT is 'NAME', must be one of scalar, avx2", with a note at levels that
  * this CPU lacks. */
-static void refuse_isa(PyObject *type, const char *what, const char *name)
+static void refuse_isa(PyObject *type, const char *what, PyObject *name)
 {
     char levels[256] = "";
     for (int level = 0; level < mkvq_isa_count(); level++) {
@@ -45,7 +45,7 @@ static void refuse_isa(PyObject *type, const char *what, const char *name)
         strncat(levels, mkvq_isa_supported(level) ? "" : " (not on this CPU)",
                 sizeof levels - strlen(levels) - 1);
     }
-    PyErr_Format(type, "%s is '%s', must be one of %s", what, name, levels);
+    PyErr_Format(type, "%s is %R, must be one of %s", what, name, levels);
 }
 
 static PyObject *set_isa(PyObject *module, PyObject *name)
@@ -55,14 +55,15 @@ static PyObject *set_isa(PyObject *module, PyObject *name)
         mkvq_set_isa(NULL);
         Py_RETURN_NONE;
     }
-    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
+    Py_ssize_t size;
+    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, &size) : NULL;
     if (!text) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_TypeError, "name is %R, must be a str or None", name);
         return NULL;
     }
-    if (mkvq_set_isa(text) != MKVQ_OK) {
-        refuse_isa(PyExc_ValueError, "name", text);
+    if (strlen(text) != (size_t)size || mkvq_set_isa(text) != MKVQ_OK) {
+        refuse_isa(PyExc_ValueError, "name", name);
         return NULL;
     }
     Py_RETURN_NONE;
@@ -165,7 +166,10 @@ static int exec_module(PyObject *module)
         return -1;
     const char *wanted = getenv("MIXKVQ_ISA");
     if (wanted && *wanted && mkvq_set_isa(wanted) != MKVQ_OK) {
-        refuse_isa(PyExc_ImportError, "MIXKVQ_ISA", wanted);
+        PyObject *name = PyUnicode_DecodeFSDefault(wanted);
+        if (name)
+            refuse_isa(PyExc_ImportError, "MIXKVQ_ISA", name);
+        Py_XDECREF(name);
         return -1;
     }
     return 0;

@@ -249,7 +249,8 @@ static PyType_Slot slots[] = {
     {Py_tp_clear, (void *)layer_clear},
     {Py_tp_methods, methods},
     {Py_tp_doc, "One layer's packed history and exact window, parsed once; see mkvq_history and "
-                "mkvq_attend_args in mixkvq.h."},
+                "mkvq_attend_args in mixkvq.h. slab_base holds addresses, which cannot be checked: "
+                "slab_bytes must be there, as long as the layer is."},
     {0, NULL},
 };
 PyType_Spec mkvq_py_layer_spec = {

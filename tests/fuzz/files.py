@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from cache_file import CacheFile, save_one
+from cache_file import CacheFile, save_one, save_plain
 
 from mixkvq import MixKVQCache
 from mixkvq.calibration import Calibration
@@ -44,8 +44,9 @@ CALIBRATION = {
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, 10**400, -(10**30), 0.5, -0.0, 1e308,
     float("inf"), float("nan"), "", "x", "0", "F32", "\ud800", "\0", "é" * 500, "x" * 5000, [], {}, [0], [[]],
-    {"": None}, {"map": [[0, 1]]}, {"tensor": "layers.0.keys"}, [1] * 300,
+    {"": None}, {"map": [[0, 1]]}, {"tensor": "layers.0.keys"}, [1] * 300, "\ud800" * 64, "0" * 64, "é" * 32,
 ]  # fmt: skip
+SIZES = [0, 0, 1, 2, 16, 1000, 1 << 20, 1 << 31, 1 << 40, 1 << 47, (1 << 48) - 1]
 TEXTS = ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 3000, '{"a":' * 3000, '"', "{", "\\u0000", "0x1", "\ufeff", ","]
 Mutate = Callable[[random.Random, bytes], bytes]
 
@@ -98,13 +99,14 @@ def _use(made: Any, path: Path) -> None:
     if isinstance(made, Calibration):
         assert Calibration.from_json(made.to_json()) == made, "another calibration after to_json"
         return
-    for layer in made.layers:
+    for index, layer in enumerate(made.layers):
+        assert max(made.get_mask_sizes(1, index)) < 1 << 63, "mask sizes beyond int64"
         if getattr(layer, "store", None) is not None:
             keys, values = layer.decode()
             assert keys.shape[-2] == values.shape[-2] == layer.length
     again = path.with_name("again")
     made.save(again)
-    MixKVQCache.load(again)
+    MixKVQCache.load(again).batch_repeat_interleave(1)
 
 
 # ---- mutations -----------------------------------------------------------------------------------------------------
@@ -213,9 +215,24 @@ def _tensors(draw: random.Random, tensors: dict[str, np.ndarray]) -> None:
                 )
 
 
+def _hollow(draw: random.Random, file: CacheFile) -> dict[str, Any]:
+    """A header in which a few tensors have no numbers, and any sizes."""
+    shape = [draw.choice(SIZES) for _ in range(draw.choice((1, 2, 3, 4, 4, 4, 5, 8)))] + [0]
+    draw.shuffle(shape)
+    names = draw.sample(sorted(file.tensors), draw.choice((1, 2, 4)))
+    if draw.random() < 0.5:  # keys and values of one layer
+        names = [name for name in file.tensors if name.rpartition(".")[2] in ("k", "v")]
+    for name in names:
+        file.tensors[name] = file.tensors[name].reshape(-1)[:0]
+    header = file.header()
+    for name in names:
+        header[name]["shape"] = shape
+    return header
+
+
 def cache_file(base: Path, made: Path, draw: random.Random) -> None:
     """Write a mutated cache; what has not been damaged as bytes has a right checksum."""
-    kind = draw.randrange(8)
+    kind = draw.randrange(9)
     if kind == 0:
         made.write_bytes(_bytes(draw, base.read_bytes()))
         return
@@ -235,6 +252,8 @@ def cache_file(base: Path, made: Path, draw: random.Random) -> None:
         _tree(draw, file.metadata)
         if file.tensors:
             _tensors(draw, file.tensors)
+    elif kind == 8:
+        header = _hollow(draw, file)
     file.write(made, text, header)
 
 
@@ -257,8 +276,9 @@ def fuzz(seconds: float, seed: int, found: Path) -> int:
     findings, runs, end = 0, 0, time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = save_one(folder / "base")
-        MixKVQCache.load(base)
+        bases = save_one(folder / "base"), save_plain(folder / "plain")
+        for base in bases:
+            MixKVQCache.load(base)
         while time.monotonic() < end and findings < 20:
             draw = random.Random(f"{seed} {runs}")
             made = folder / ("made.json" if runs % 3 == 0 else "made.safetensors")
@@ -266,7 +286,7 @@ def fuzz(seconds: float, seed: int, found: Path) -> int:
                 if made.suffix == ".json":
                     calibration_file(made, draw)
                 else:
-                    cache_file(base, made, draw)
+                    cache_file(draw.choice(bases), made, draw)
             except (TypeError, ValueError, OverflowError, AttributeError, KeyError):
                 continue  # no file can hold it
             finally:
