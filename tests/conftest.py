@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.pop("COLUMNS", None)  # of the terminal, or of who runs several processes: what is printed is wide enough
+
 collect_ignore_glob = []
 if find_spec("torch") is None or find_spec("transformers") is None:
     collect_ignore_glob = [
