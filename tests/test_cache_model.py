@@ -238,7 +238,7 @@ def walk(walks: int, steps: int, *, fixed: bool) -> None:
     run_state_machine_as_test(
         Walk,
         settings=settings(
-            max_examples=math.ceil(walks * SHARE),
+            max_examples=max(4, math.ceil(walks * SHARE)),
             stateful_step_count=steps,
             derandomize=fixed,
             deadline=None,
