@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests with tools that see what a result does not show, and for each tool a bug planted into a copy of the sources,
 # which it must find:
-#   address   AddressSanitizer and UBSan, all that is compiled, torch loaded; MIXKVQ_ISA=scalar, then avx2
+#   address   AddressSanitizer and UBSan, all that is compiled, torch loaded: the core's tests at MIXKVQ_ISA=scalar and
+#             avx2, then all others at avx2: nothing above the core depends on the level
 #   thread    ThreadSanitizer, several callers and a pool of threads (for the CUDA kernels: emulator.sh); without torch:
 #             its pool is that of libgomp, which is not instrumented, so that every barrier in it would look like a race
 #   memory    valgrind, the library as it is shipped at MIXKVQ_ISA=avx2: decisions by memory that was never written
@@ -10,9 +11,9 @@
 #
 #   PYTHON            has what the tests need (default: python3)
 #   JOBS              processes that run tests (default: one per CPU)
-#   SANITIZE          suite: `address` runs all tests (default, most of an hour); core: those of the core, at scalar a
-#                     part of them (minutes)
-#   MIXKVQ_EXAMPLES   share of the hypothesis examples that `address` runs (default: 0.2; for core 0.05)
+#   SANITIZE          suite (default, most of an hour); levels: all others at scalar too; core: the core's tests only, at
+#                     scalar a part of them (minutes)
+#   MIXKVQ_EXAMPLES   share of the hypothesis examples that `address` runs (default: 0.05)
 #   arguments         for pytest, in place of the tests that `address` runs
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,11 +21,10 @@ python=${PYTHON:-python3}
 what=${SANITIZE:-suite}
 root=$PWD
 [[ $python != [!/]*/* ]] || python=$root/$python # builds go on in another folder
-at_avx2=(tests/test_bind.py tests/test_core_*.py tests/test_golden.py tests/test_isa.py)
-at_scalar=(tests/test_core_errors.py tests/test_golden.py tests/test_isa.py)
+core=(tests/test_bind.py tests/test_core_*.py tests/test_golden.py tests/test_isa.py)
 # valgrind takes 50 times as long: what calls the bindings with every codec; the kernels have the corpora
 at_memory=(tests/test_golden.py --deselect tests/test_golden.py::test_oracle_packs_the_golden_bytes)
-left_out=(--ignore=tests/test_build.py                               # builds wheels, without the sanitizers
+others=(tests "${core[@]/#/--ignore=}" --ignore=tests/test_build.py # builds wheels, without the sanitizers
     --ignore=tests/test_faults_bindings.py --ignore=tests/test_faults_memory.py # have another malloc than the sanitizer's
     --ignore-glob=tests/test_cuda_*.py --ignore=tests/test_emulator.py)         # emulator.sh has them, with sanitizers
 export CC=${CC:-gcc} CXX=${CXX:-g++} OMP_NUM_THREADS=1
@@ -35,7 +35,7 @@ fail() {
 }
 
 [ "$(uname -m)" = x86_64 ] || fail "needs an x86-64 machine"
-[[ $what == core || $what == suite ]] || fail "SANITIZE is '$what', must be core or suite"
+[[ $what =~ ^(core|suite|levels)$ ]] || fail "SANITIZE is '$what', must be core, suite or levels"
 if ! command -v valgrind >/dev/null; then
     command -v apt-get >/dev/null || fail "needs valgrind"
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends valgrind; } >&2 ||
@@ -57,7 +57,7 @@ build() { # variant, folder of the sources: what it makes lies there in build/sa
         cd "$2"
         mkdir -p "$at"
         rm -rf "$at/lib"
-        [[ $1 == address && $what == suite ]] || export MIXKVQ_TORCH=off
+        [[ $1 == address && $what != core ]] || export MIXKVQ_TORCH=off
         MIXKVQ_CUDA=off CFLAGS="$flags $checks" CXXFLAGS="$flags $checks" LDFLAGS=$checks \
             "$python" setup.py -q build_py --build-lib "$at/lib" \
             build_ext --build-lib "$at/lib" --build-temp "$objects" >"$at/build.log" 2>&1 ||
@@ -73,10 +73,11 @@ runtime() { # paths of libraries that come with the compiler
     done
 }
 
+allocator=malloc # for Python's small objects: the tools do not see what is wrong with those of its own
 under() { # variant, folder of the sources, folder for reports, then what follows `python`
     local variant=$1 lib=$2/build/sanitize/$1/lib reports=$3 imported
     mkdir -p "$reports"
-    local to="log_path=$reports/report halt_on_error=1 exitcode=66" run=(env PYTHONPATH="$lib" PYTHONMALLOC=malloc)
+    local to="log_path=$reports/report halt_on_error=1 exitcode=66" run=(env PYTHONPATH="$lib" PYTHONMALLOC="$allocator")
     case $variant in
     # libstdc++: AddressSanitizer must know it before torch throws. Leaks: an interpreter that ends leaves thousands
     address) run+=(LD_PRELOAD="$(runtime libasan.so libubsan.so libstdc++.so.6)" UBSAN_OPTIONS="print_stacktrace=1 $to"
@@ -98,20 +99,20 @@ findings() { # folder of reports, log: those with a finding. UBSan beside Addres
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
 passed=()
-tests() { # variant, instruction set, share of the examples, arguments for pytest
-    local variant=$1 isa=$2 here=$root/build/sanitize/$1 other=avx2 found last status=0
+tests() { # variant, instruction set, name, arguments for pytest
+    local variant=$1 isa=$2 name=$3 here=$root/build/sanitize/$1 other=avx2 found last status=0
     [ "$isa" = scalar ] || other=scalar
-    echo "sanitize lane: $variant at $isa"
+    echo "sanitize lane: $name, $variant at $isa"
     rm -rf "$here/reports-$isa"
-    MIXKVQ_ISA=$isa MIXKVQ_EXAMPLES=$3 under "$variant" "$root" "$here/reports-$isa" -m pytest -q -p no:cacheprovider \
-        --capture=sys -k "not $other and not avx512" -n "${JOBS:-$(nproc)}" --dist worksteal "${@:4}" 2>&1 |
+    MIXKVQ_ISA=$isa under "$variant" "$root" "$here/reports-$isa" -m pytest -q -p no:cacheprovider --capture=sys \
+        -k "not $other and not avx512" -n "${JOBS:-$(nproc)}" --dist worksteal "${@:4}" 2>&1 |
         tee "$here/$isa.log" || status=1
     mapfile -t found < <(findings "$here/reports-$isa" "$here/$isa.log")
     ((${#found[@]} == 0)) || { cat "${found[@]}" >&2 && fail "$variant at $isa reports what is above"; }
     ((status == 0)) || fail "tests fail, $variant at $isa"
     last=$(tail -n 1 "$here/$isa.log" | tr -d =)
     [[ $last =~ (^|[ ,])[1-9][0-9]*\ passed ]] || fail "no tests pass, $variant at $isa: $last"
-    passed+=("$variant at $isa: $last")
+    passed+=("$name, $variant at $isa: $last")
 }
 
 replay() { # name, folder of objects, flags, what runs a program: the corpora of fuzz.sh, without Python
@@ -168,17 +169,23 @@ plant address csrc/check.c 'offset = place & ((INT64_C(1) << MKVQ_SLAB_SHIFT) - 
 plant thread csrc/cpu/dispatch.c 'workspace + u * mkvq_partial_floats' 'workspace + mkvq_partial_floats' 'data race'
 plant memory csrc/bind/layer_handle.c 'if (n > 0)' 'if (n > 1)' 'depends on uninitialised value'
 
+export MIXKVQ_EXAMPLES=${MIXKVQ_EXAMPLES:-0.05}
+replay AddressSanitizer build/sanitize/address/objects $address_checks env UBSAN_OPTIONS=print_stacktrace=1
+replay valgrind build/objects "" valgrind -q --error-exitcode=66
 if (($#)); then
-    at_scalar=("$@") at_avx2=("$@")
-elif [ "$what" = suite ]; then
-    at_scalar=(tests "${left_out[@]}") at_avx2=(tests "${left_out[@]}")
+    tests address scalar "these tests" "$@"
+    tests address avx2 "these tests" "$@"
+else
+    [ "$what" = core ] && few=(tests/test_core_errors.py tests/test_golden.py tests/test_isa.py) || few=("${core[@]}")
+    tests address scalar "the core" "${few[@]}"
+    tests address avx2 "the core" "${core[@]}"
 fi
-[ "$what" = core ] && share=${MIXKVQ_EXAMPLES:-0.05} || share=${MIXKVQ_EXAMPLES:-0.2}
-replay "address" build/sanitize/address/objects $address_checks env UBSAN_OPTIONS=print_stacktrace=1
-replay "memory" build/objects "" valgrind -q --error-exitcode=66
-tests address scalar "$share" "${at_scalar[@]}"
-tests address avx2 "$share" "${at_avx2[@]}"
-tests thread avx2 0.02 tests/test_core_threads.py tests/test_bind.py
-tests memory avx2 0.02 "${at_memory[@]}"
+MIXKVQ_EXAMPLES=0.02 tests thread avx2 "pools and bindings" tests/test_core_threads.py tests/test_bind.py
+MIXKVQ_EXAMPLES=0.02 tests memory avx2 "golden records" "${at_memory[@]}"
+if (($# == 0)) && [ "$what" != core ]; then
+    allocator=pymalloc # or all takes 1.4 times as long, and their objects are those of the core's tests
+    [ "$what" != levels ] || tests address scalar "all others" "${others[@]}"
+    tests address avx2 "all others" "${others[@]}"
+fi
 
 printf 'sanitize lane: %s\n' "${passed[@]}" "0 findings" "$found of 4 planted bugs found"
