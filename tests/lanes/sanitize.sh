@@ -11,7 +11,7 @@
 #
 #   PYTHON            has what the tests need (default: python3)
 #   JOBS              processes that run tests (default: one per CPU)
-#   SANITIZE          suite (default, most of an hour); levels: all others at scalar too; core: the core's tests only, at
+#   SANITIZE          suite (default, 40 minutes); levels: all others at scalar too; core: the core's tests only, at
 #                     scalar a part of them (minutes)
 #   MIXKVQ_EXAMPLES   share of the hypothesis examples that `address` runs (default: 0.05)
 #   arguments         for pytest, in place of the tests that `address` runs
