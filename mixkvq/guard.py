@@ -1,9 +1,11 @@
 """What every change of a layer goes through: one thread at a time, and all or nothing.
 
 `MixKVQLayer` marks itself as in use (``busy``) while it changes or while the kernel reads it, `MixKVQCache` while what
-its layers have in common does. Who needs all of a cache marks all (`alone_with`). A change that fails, for
-lack of memory or by Ctrl-C, is taken back. One that overwrites what could be needed for that, the window when a block
-leaves it, marks the store as torn until it is done: a store that is found torn says that the cache must be emptied.
+its layers have in common does. Who needs all of a cache marks all (`alone_with`).
+
+A change that fails, for lack of memory or by Ctrl-C, is taken back. One that overwrites what could be needed for that,
+the window when a block leaves it, marks the store as torn until it is done: a store that is found torn says that the
+cache must be emptied.
 """
 
 from __future__ import annotations
