@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import compat, foreign, tensorfile
+from . import compat, foreign, strict_json, tensorfile
 from .config import MixKVQConfig
 from .files import checked_path
 from .guard import InUse
@@ -48,11 +48,11 @@ def _check_whole(cache: MixKVQCache) -> None:
 def _write(cache: MixKVQCache, file: Path) -> None:
     _check_whole(cache)
     writer = _Writer()
-    about = writer.cache(cache)
+    text = json.dumps(writer.cache(cache), separators=(",", ":"))
     try:
-        text = json.dumps(about, separators=(",", ":"), allow_nan=False)  # `loading` would refuse them
-    except ValueError as error:
-        raise ValueError(f"the cache cannot be saved: a number of it is not finite ({error})") from error
+        strict_json.parse(text)
+    except ValueError as error:  # such as a NaN in the model's configuration
+        raise ValueError(f"the cache cannot be saved, as it could not be loaded: {error}") from error
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

@@ -333,5 +333,5 @@ def test_a_real_ctrl_c_at_any_time(monkeypatch):
             got = go_on(model, cache, 0, 100)
         assert same(got, want)
     print(stopped, emptied, [each.object for each in lost])
-    assert stopped + len(lost) == 120 and len(lost) <= 12 and emptied <= 12
+    assert stopped + len(lost) == 120 and len(lost) <= 2 and emptied <= 12  # nothing here has a `__del__` of ours
     assert all(each.exc_type is KeyboardInterrupt for each in lost)

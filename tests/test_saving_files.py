@@ -468,11 +468,12 @@ def test_sizes_that_would_not_be_believed_are_not_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_number_that_no_file_holds_is_not_saved(saved, tmp_path):
+@pytest.mark.parametrize(("value", "what"), [(float("inf"), "Infinity"), ("\ud800", "half a character")])
+def test_what_could_not_be_loaded_is_not_saved(saved, tmp_path, value, what):
     cache = MixKVQCache.load(saved)
-    fields = {**cache.model_record.fields, "rope_theta": float("inf")}
+    fields = {**cache.model_record.fields, "rope_theta": value}
     cache.model_record = dataclasses.replace(cache.model_record, fields=fields)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=f"cannot be saved, as it could not be loaded: .*{what}"):
         cache.save(tmp_path / "c")
     assert not list(tmp_path.iterdir())
 
