@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The tests with tools that see what a result does not show, and for each tool a bug planted into a copy of the sources,
 # which it must find:
-#   address   AddressSanitizer and UBSan, all that is compiled, torch loaded: the core's tests at MIXKVQ_ISA=scalar and
-#             avx2, then all others at avx2: nothing above the core depends on the level
+#   address   AddressSanitizer and UBSan, all that is compiled, torch loaded, at MIXKVQ_ISA=scalar and avx2: the core's
+#             tests, then all others
 #   thread    ThreadSanitizer, several callers and a pool of threads (for the CUDA kernels: emulator.sh); without torch:
 #             its pool is that of libgomp, which is not instrumented, so that every barrier in it would look like a race
 #   memory    valgrind, the library as it is shipped at MIXKVQ_ISA=avx2: decisions by memory that was never written
@@ -11,8 +11,7 @@
 #
 #   PYTHON            has what the tests need (default: python3)
 #   JOBS              processes that run tests (default: one per CPU)
-#   SANITIZE          suite (default, 40 minutes); levels: all others at scalar too; core: the core's tests only, at
-#                     scalar a part of them (minutes)
+#   SANITIZE          suite (default, 40 minutes); core: the core's tests only, at scalar a part of them (minutes)
 #   MIXKVQ_EXAMPLES   share of the hypothesis examples that `address` runs (default: 0.05)
 #   arguments         for pytest, in place of the tests that `address` runs
 set -euo pipefail
@@ -35,7 +34,7 @@ fail() {
 }
 
 [ "$(uname -m)" = x86_64 ] || fail "needs an x86-64 machine"
-[[ $what =~ ^(core|suite|levels)$ ]] || fail "SANITIZE is '$what', must be core, suite or levels"
+[[ $what =~ ^(core|suite)$ ]] || fail "SANITIZE is '$what', must be core or suite"
 if ! command -v valgrind >/dev/null; then
     command -v apt-get >/dev/null || fail "needs valgrind"
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends valgrind; } >&2 ||
@@ -184,7 +183,7 @@ MIXKVQ_EXAMPLES=0.02 tests thread avx2 "pools and bindings" tests/test_core_thre
 MIXKVQ_EXAMPLES=0.02 tests memory avx2 "golden records" "${at_memory[@]}"
 if (($# == 0)) && [ "$what" != core ]; then
     allocator=pymalloc # or all takes 1.4 times as long, and their objects are those of the core's tests
-    [ "$what" != levels ] || tests address scalar "all others" "${others[@]}"
+    tests address scalar "all others" "${others[@]}"
     tests address avx2 "all others" "${others[@]}"
 fi
 
