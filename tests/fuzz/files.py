@@ -30,8 +30,8 @@ from mixkvq import MixKVQCache
 from mixkvq.calibration import Calibration
 from mixkvq.errors import CacheFileError
 
-ROOM, PER_BYTE = 16 << 20, 48
-"""Address space that a file may take: arenas of the allocators, and what SECURITY.md promises for JSON."""
+ROOM, PER_BYTE = 16 << 20, 32
+"""Address space that a file may take: arenas of the allocators, and the objects of JSON such as ``[[],[],[]]``."""
 SECONDS = 20
 CALIBRATION = {
     "version": 1,
