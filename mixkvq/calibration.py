@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -123,10 +122,22 @@ class Calibration:
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def to_json(self) -> str:
-        """The calibration as JSON; `from_json` reads it back to an equal object."""
-        layers = {str(index): dict(fields) for index, fields in sorted(self.layers.items())}
-        data = {"version": VERSION, **dataclasses.asdict(self), "layers": layers}
-        return json.dumps(data, indent=1) + "\n"
+        """The calibration as JSON; `from_json` reads it back to an equal object.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``summary`` holds what `from_json` would refuse, such as a NaN.
+        """
+        data = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "preset": self.preset,
+            "fields": dict(self.fields),
+            "layers": {str(index): dict(fields) for index, fields in sorted(self.layers.items())},
+            "summary": dict(self.summary),
+        }
+        return strict_json.text_of(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -178,7 +189,7 @@ class Calibration:
             raise ValueError(f"calibration {path} is larger than {MAX_BYTES} bytes: no calibration is")
         try:
             return cls.from_json(data.decode())
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"calibration {path}: {error}") from error
 
     @classmethod

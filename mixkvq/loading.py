@@ -94,7 +94,7 @@ def load(cls: type[C], path: str | os.PathLike[str], config: Any, device: Any, o
         if model is not None:
             model = ModelRecord(_text(model["fingerprint"]), _is(model["fields"], dict, "fields of the model"))
         cache = loader.cache(cls, placement)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         raise CacheFileError(
             f"{path} has a right checksum, but is no cache that this mixkvq can have written ({error!r:.500})"
         ) from error

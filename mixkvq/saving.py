@@ -25,6 +25,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .cache import MixKVQCache
+    from .calibration import Calibration
 
 FORMAT, VERSION = "mixkvq-cache", 1
 HYBRID, OURS = "MixKVQHybridLayer", "MixKVQLayer"
@@ -48,9 +49,9 @@ def _check_whole(cache: MixKVQCache) -> None:
 def _write(cache: MixKVQCache, file: Path) -> None:
     _check_whole(cache)
     writer = _Writer()
-    text = json.dumps(writer.cache(cache), separators=(",", ":"))
+    about = writer.cache(cache)
     try:
-        strict_json.parse(text)
+        text = strict_json.text_of(about)
     except ValueError as error:  # such as a NaN in the model's configuration
         raise ValueError(f"the cache cannot be saved, as it could not be loaded: {error}") from error
     metadata = {
@@ -94,7 +95,7 @@ class _Writer:
         layers = [self._layer(index, layer) for index, layer in enumerate(cache.layers)]
         calibration = None
         if cache.calibration is not None:
-            calibration = {"name": cache._base_name, "json": cache.calibration.to_json()}
+            calibration = {"name": cache._base_name, "json": self._calibration(cache.calibration)}
         return {
             "configs": [json.loads(one.to_json()) for one in self._configs],
             "config": config,
@@ -106,6 +107,12 @@ class _Writer:
             "record_past": cache._record_past,
             "layers": layers,
         }
+
+    def _calibration(self, calibration: Calibration) -> str:
+        try:
+            return calibration.to_json()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the cache cannot be saved: its calibration has no JSON: {error}") from error
 
     def _config(self, config: MixKVQConfig) -> int:
         """Its number among all configurations."""

@@ -199,7 +199,7 @@ def _parse(path: Path, text: bytes, available: int, size: int) -> tuple[dict[str
     """Metadata, and dtype, shape and bytes of every tensor in the order of the file."""
     try:
         header = strict_json.parse(text.decode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CacheFileError(f"{path} is no safetensors file, or damaged: its header is not JSON ({error})") from error
     try:
         metadata = header.pop("__metadata__", {})

@@ -169,6 +169,39 @@ def test_wrong_contents_are_named(changes, error, match):
         made(**changes)
 
 
+def nested(depth):
+    """As many objects and lists in each other, and 0 in the last."""
+    value = 0
+    for level in range(depth):
+        value = [value] if level % 2 else {"x": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("summary", "match"),
+    [
+        ({"kl": float("nan")}, "NaN"),
+        ({"kl": float("inf")}, "Infinity"),
+        ({"x": nested(63)}, "more than 64 deep"),
+        ({"x": nested(10_000)}, "more than 64 deep"),
+        ({"name": "\ud800"}, "half a character"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(summary, match, tmp_path):
+    calibration = made(summary=summary)
+    with pytest.raises(ValueError, match=match):
+        calibration.to_json()
+    with pytest.raises(ValueError, match=f"the cache cannot be saved: its calibration has no JSON: .*{match}"):
+        MixKVQCache("default", calibration=calibration).save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_of_the_greatest_depth_is_read_and_written():
+    calibration = made(summary={"x": nested(62)})
+    assert Calibration.from_json(calibration.to_json()) == calibration
+    assert copy.deepcopy(pickle.loads(pickle.dumps(calibration))) == calibration
+
+
 def data(**changes):
     return json.dumps({**json.loads(made().to_json()), **changes})
 
@@ -179,7 +212,9 @@ def data(**changes):
         ("", r"c\.json"),
         ("[1]", "an object"),
         ("{", r"c\.json"),
-        ("[" * 100000, r"c\.json"),
+        ("[" * 100000, r"c\.json.*more than 64 deep"),
+        (data(summary={"x": nested(63)}), "more than 64 deep"),
+        (data(summary={"x": nested(900)}), "more than 64 deep"),
         (data(version=2), "version is 2"),
         (data(extra=1), "extra"),
         (data(layers=[1]), "layers"),
