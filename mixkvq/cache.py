@@ -28,13 +28,14 @@ from .mask_sizes import MaskSizes
 from .placement import placed
 from .report import LayerReport, Ledger, Report, held_bytes, tensors_in
 from .saved import Saved
+from .sending import SentAsCopy
 from .states import check_states
 
 if compat.HybridLayer is not None:
     from .linear import MixKVQHybridLayer
 
 
-class MixKVQCache(Saved, MaskSizes, DynamicCache):
+class MixKVQCache(Saved, MaskSizes, SentAsCopy, DynamicCache):
     """A key/value cache in mixed precision (arXiv 2512.19206), read by packed kernels, in the place of `DynamicCache`.
 
     Parameters
@@ -129,6 +130,10 @@ class MixKVQCache(Saved, MaskSizes, DynamicCache):
         install()
         if ddp_cache_data is not None:
             self._fill(ddp_cache_data)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        install()  # perhaps in a process that has made no cache
 
     # ---- growing ---------------------------------------------------------------------------------------------------
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,8 +58,13 @@ class Calibration:
         for name in ("fingerprint", "preset"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, must be a string")
+        for name in ("layers", "summary"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}, must be an object")
         _check_fields("fields", self.fields)
         base = MixKVQConfig.preset(self.preset).replace(**self.fields)
+        object.__setattr__(self, "fields", _as_configured(self.fields, base))
+        layers = {}
         for index, fields in self.layers.items():
             if type(index) is not int or index < 0:
                 raise ValueError(f"layers has the index {index!r}, must be whole numbers from 0")
@@ -66,7 +72,8 @@ class Calibration:
             for name in _SCHEDULE:
                 if name in fields:
                     raise ValueError(f"layers[{index}] sets {name}, which all layers share: set it in fields")
-            base.replace(**fields)
+            layers[index] = _as_configured(fields, base.replace(**fields))
+        object.__setattr__(self, "layers", layers)
 
     # ---- what it means ---------------------------------------------------------------------------------------------
     def check_preset(self, name: str) -> None:
@@ -122,12 +129,14 @@ class Calibration:
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def to_json(self) -> str:
-        """The calibration as JSON; `from_json` reads it back to an equal object.
+        """The calibration as JSON.
+
+        `from_json` reads it back to an equal object, if ``summary`` is made of numbers, text, lists and dicts by text.
 
         Raises
         ------
         ValueError, TypeError
-            If ``summary`` holds what `from_json` would refuse, such as a NaN.
+            If `from_json` would refuse it, such as a NaN in ``summary``, or more than 4096 layers.
         """
         data = {
             "version": VERSION,
@@ -137,7 +146,9 @@ class Calibration:
             "layers": {str(index): dict(fields) for index, fields in sorted(self.layers.items())},
             "summary": dict(self.summary),
         }
-        return strict_json.text_of(data, indent=1) + "\n"
+        text = json.dumps(data, indent=1) + "\n"
+        self.from_json(text)
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -148,6 +159,8 @@ class Calibration:
         ValueError, TypeError
             For another version, or what is no calibration.
         """
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"the text is larger than {MAX_BYTES} bytes: no calibration is")
         data = strict_json.parse(text)
         if not isinstance(data, dict):
             raise ValueError(f"a calibration in JSON is an object, not {text[:40]!r}")
@@ -160,13 +173,11 @@ class Calibration:
                 f"unknown entries {sorted(unknown)}, missing entries {sorted(missing)}; known: {sorted(known)}"
             )
         layers = by_layer("layers", data["layers"])
-        if not isinstance(data["summary"], dict):
-            raise TypeError(f"summary is {data['summary']!r}, must be an object")
         return cls(
             data["fingerprint"],
             data["preset"],
-            _frozen(data["fields"]),
-            {index: _frozen(fields) for index, fields in layers.items()},
+            data["fields"],
+            layers,
             data["summary"],
         )
 
@@ -190,7 +201,7 @@ class Calibration:
         try:
             return cls.from_json(data.decode())
         except (ValueError, TypeError) as error:
-            raise ValueError(f"calibration {path}: {error}") from error
+            raise ValueError(f"calibration {path}: {error!s:.1000}") from error
 
     @classmethod
     def of(cls, source: Any) -> Calibration:
@@ -234,8 +245,6 @@ def _check_fields(where: str, fields: Any) -> None:
             raise ValueError(f"{where} has the unknown field {name!r}; known: {', '.join(sorted(_NAMES))}")
 
 
-def _frozen(value: Any) -> Any:
-    """Lists of JSON as tuples, as the fields of a configuration are."""
-    if isinstance(value, list):
-        return tuple(map(_frozen, value))
-    return {name: _frozen(v) for name, v in value.items()} if isinstance(value, dict) else value
+def _as_configured(fields: Mapping[str, Any], config: MixKVQConfig) -> dict[str, Any]:
+    """Fields in the form that a configuration gives them, in which they are equal however they were written."""
+    return {name: getattr(config, name) for name in fields}

@@ -56,6 +56,7 @@ def _field(config: Any, name: str) -> Any:
         return [getattr(config.per_layer_config[i], name, None) for i in range(config.num_hidden_layers)]
 
 
+_SHOWN = 20  # differences: all of those that models can have
 _MORE = ("partial_rotary_factor", "rope_local_base_freq", "rotary_dim", "rotary_pct", "qk_rope_head_dim")
 """What else turns keys, in versions that keep it beside ``rope_parameters``."""
 
@@ -82,12 +83,18 @@ class ModelRecord:
         return cls(fingerprint(config), json.loads(json.dumps(fields, sort_keys=True, default=str)))
 
     def difference(self, other: ModelRecord) -> str:
-        """The fields that differ, with both values; "" if none does."""
+        """The fields that differ, a few of them with both values; "" if none does."""
         names = [name for name in sorted({*self.fields, *other.fields}) if self._of(name) != other._of(name)]
-        return "; ".join(f"{name} {self._of(name)!r:.200} and {other._of(name)!r:.200}" for name in names)
+        shown = [_short(name) + f" {self._of(name)!r:.200} and {other._of(name)!r:.200}" for name in names[:_SHOWN]]
+        return "; ".join(shown) + f"; and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
 
     def _of(self, name: str) -> Any:
         return self.fields.get(name)
+
+
+def _short(name: str) -> str:
+    """As it is, if it could be a name: a file may have any."""
+    return name if name.isidentifier() and len(name) < 80 else f"{name!r:.80}"
 
 
 def model_name(model: Any) -> str:

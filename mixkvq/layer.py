@@ -28,6 +28,7 @@ from .proof import Proof
 from .queries import QueryStatistics
 from .reasons import Reason
 from .report import LayerReport, Ledger, held_bytes
+from .sending import SentAsCopy
 from .states import check_continues, check_states, codec_of, common_dtype, holds, obstacle, own
 from .store import PackedStore
 
@@ -35,7 +36,7 @@ PLAIN, PACKED, DEQUANTIZED, NATIVE = "plain", "packed", "dequantized", "native"
 EVERY_STEP = "keys and values are decoded in every step: "
 
 
-class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call]
+class MixKVQLayer(AssignedStates, SentAsCopy, DynamicLayer):
     """Keys and values of one attention layer.
 
     Parameters
@@ -223,6 +224,8 @@ class MixKVQLayer(AssignedStates, DynamicLayer):  # type: ignore[no-untyped-call
             k, v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
             length = self.length + key.shape[-2]
             self._k, self._v, self.waiting, self.length, self._unsettled = k, v, True, length, True
+            if self.mode == PLAIN:
+                self.reason = reasons.FILLED
             self._account()
             return key, value
         k, v = torch.cat([self._k, key], -2), torch.cat([self._v, value], -2)

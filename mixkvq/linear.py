@@ -32,7 +32,7 @@ LINEAR_STATES = tuple(
 
 if compat.HybridLayer is not None:
 
-    class MixKVQHybridLayer(compat.HybridLayer, MixKVQLayer):  # type: ignore[misc, no-untyped-call]
+    class MixKVQHybridLayer(compat.HybridLayer, MixKVQLayer):  # type: ignore[misc]
         """A layer with both kinds of state. transformers' class calls `DynamicLayer` by name: all is spelled out."""
 
         is_croppable = compat.LinearMixin.__dict__.get("is_croppable", True)

@@ -6,11 +6,12 @@ import torch
 
 from . import ops
 from .autograd import OrdinaryCopies, outside_autograd
+from .sending import SentAsCopy
 
 _POWER = {"mean_abs": 1, "rms": 2}
 
 
-class QueryStatistics(OrdinaryCopies):
+class QueryStatistics(OrdinaryCopies, SentAsCopy):
     """Sums of |q_d|^p per batch row, KV head and channel, over all query positions and the query heads of the KV head.
 
     Parameters

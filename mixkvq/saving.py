@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import compat, foreign, strict_json, tensorfile
+from .calibration import MAX_LAYERS
 from .config import MixKVQConfig
 from .files import checked_path
 from .guard import InUse
@@ -49,9 +50,9 @@ def _check_whole(cache: MixKVQCache) -> None:
 def _write(cache: MixKVQCache, file: Path) -> None:
     _check_whole(cache)
     writer = _Writer()
-    about = writer.cache(cache)
+    text = json.dumps(writer.cache(cache), separators=(",", ":"))
     try:
-        text = strict_json.text_of(about)
+        strict_json.parse(text)
     except ValueError as error:  # such as a NaN in the model's configuration
         raise ValueError(f"the cache cannot be saved, as it could not be loaded: {error}") from error
     metadata = {
@@ -93,6 +94,13 @@ class _Writer:
         for index, of_layer in sorted(cache._layer_configs.items()):
             layer_configs[str(index)] = self._config(of_layer)
         layers = [self._layer(index, layer) for index, layer in enumerate(cache.layers)]
+        for what, count in (
+            ("layers", len(layers)),
+            ("configurations", len(self._configs)),
+            ("layers with configurations of their own", len(layer_configs)),
+        ):
+            if count > MAX_LAYERS:
+                raise ValueError(f"the cache cannot be saved: it has {count} {what}, a file has {MAX_LAYERS} at most")
         calibration = None
         if cache.calibration is not None:
             calibration = {"name": cache._base_name, "json": self._calibration(cache.calibration)}

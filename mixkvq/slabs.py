@@ -19,6 +19,7 @@ import torch
 from . import operators
 from .autograd import OrdinaryCopies, outside_autograd
 from .guard import lacks_memory
+from .sending import SentAsCopy
 
 SHIFT = 40
 OFFSET = (1 << SHIFT) - 1
@@ -27,7 +28,7 @@ _KIND, _NBYTES = 5, 20  # where the record header has its kind and length, docs/
 _ROOM = 16  # columns that a table of addresses is made longer by, at least
 
 
-class RecordTable(OrdinaryCopies):
+class RecordTable(OrdinaryCopies, SentAsCopy):
     """Records of ``batch`` rows and ``heads`` heads.
 
     Parameters

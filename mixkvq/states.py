@@ -44,8 +44,8 @@ def check_continues(key: torch.Tensor, value: torch.Tensor, have: tuple[torch.Te
 
     Raises
     ------
-    ValueError
-        Naming the argument and both shapes or devices.
+    TypeError, ValueError
+        Naming the argument and both shapes, devices or dtypes.
     """
     for name, new, old in zip(("key_states", "value_states"), (key, value), have, strict=True):
         if (new.shape[:-2], new.shape[-1]) != (old.shape[:-2], old.shape[-1]):
@@ -53,6 +53,8 @@ def check_continues(key: torch.Tensor, value: torch.Tensor, have: tuple[torch.Te
             raise ValueError(f"{name} has shape {list(new.shape)}, must be [{want}] as the tokens cached before")
         if new.device != old.device:
             raise ValueError(f"{name} is on {new.device}, must be on {old.device} as the tokens cached before")
+        if old.is_floating_point() and not new.is_floating_point():
+            raise TypeError(f"{name} is {new.dtype}, must be floating point as the tokens cached before ({old.dtype})")
 
 
 def obstacle(config: MixKVQConfig, key: torch.Tensor, value: torch.Tensor) -> Reason | None:

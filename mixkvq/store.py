@@ -21,6 +21,7 @@ from .config import BlockCodec, MixKVQConfig
 from .operators import DeviceLayer, LayerTensors
 from .placement import Placement
 from .queries import QueryStatistics
+from .sending import SentAsCopy
 from .slabs import RecordTable
 from .totals import StoreTotals, count
 
@@ -35,7 +36,7 @@ def columns_at_once(column_bytes: int, device: str = "cpu") -> int:
     return max(1, min(SLAB_COLUMNS, columns) if device == "cpu" else columns)
 
 
-class PackedStore(OrdinaryCopies):
+class PackedStore(OrdinaryCopies, SentAsCopy):
     """State of one packed layer. Make it with `begin`.
 
     Parameters

@@ -28,6 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,10 @@ class Turn:
 
     def copied(self, cache: Any, inputs: Any, way: Any) -> None:
         longer = self.go_on(cache, inputs, self.draw.randint(2, 20))
-        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
-        first, second = (self.go_on(each, longer, 15) for each in copies)
-        self.same(first, second)
+        copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), pickle.loads(ForkingPickler.dumps(cache))
+        first, *others = (self.go_on(each, longer, 15) for each in copies)
+        for other in others:
+            self.same(first, other)
 
     def moved(self, cache: Any, inputs: Any, way: Any) -> None:
         """Rows change places, leave and come twice."""

@@ -70,6 +70,8 @@ CHANGES = {
     "heads": (lambda: (states(heads=4),) * 2, ["[2, 4, 5, 16]", "[2, 2, n, 16]"]),
     "head_dim": (lambda: (states(dim=32),) * 2, ["[2, 2, 5, 32]", "[2, 2, n, 16]"]),
     "device": (lambda: (states(device="meta"),) * 2, ["meta", "must be on cpu"]),
+    "whole numbers": (lambda: (states().long(),) * 2, ["key_states is torch.int64", "must be floating point"]),
+    "bool": (lambda: (states(), states().bool()), ["value_states is torch.bool", "must be floating point"]),
 }
 
 
@@ -111,7 +113,7 @@ def test_update_with_what_does_not_continue(state, name):
     make, words = CHANGES[name]
     cache = caches()[state]
     before = snapshot(cache)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((TypeError, ValueError)) as caught:
         cache.update(*make(), 0)
     assert all(word in str(caught.value) for word in words), caught.value
     assert_unchanged(cache, before)

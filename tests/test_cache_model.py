@@ -11,6 +11,7 @@ import math
 import pickle
 import tempfile
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ class Walk(RuleBasedStateMachine):
         twins.model.clear()
 
     # ---- copies ----
-    @rule(at=which, to=which, how=st.sampled_from(["deepcopy", "pickle", "file", "fork"]))
+    @rule(at=which, to=which, how=st.sampled_from(["deepcopy", "pickle", "sent", "file", "fork"]))
     def copy(self, at, to, how):
         """Another cache with the same content, beside the others or in the place of one of them."""
         twins = self.chosen(how, at)
@@ -185,6 +186,8 @@ class Walk(RuleBasedStateMachine):
             made = copy.deepcopy(cache)
         elif how == "pickle":
             made = pickle.loads(pickle.dumps(cache))
+        elif how == "sent":
+            made = pickle.loads(ForkingPickler.dumps(cache))
         elif how == "file":
             path = Path(self.folder.name) / "cache"
             try:

@@ -478,6 +478,36 @@ def test_what_could_not_be_loaded_is_not_saved(saved, tmp_path, value, what):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_of_more_layers_than_a_file_has_is_not_saved(tmp_path):
+    cache = MixKVQCache()
+    cache.update(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8), 4096)
+    with pytest.raises(ValueError, match="cannot be saved: it has 4097 layers, a file has 4096 at most"):
+        cache.save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_differences_of_models_are_told_in_few_words(saved, tmp_path):
+    """However many a file claims, and whatever they are called."""
+    file = CacheFile(saved)
+    file.about["model"]["fields"] |= {f"\033[31m{n}\n": n for n in range(10_000)}
+    with pytest.raises(CacheFileError, match=r"and 99\d\d more") as caught:
+        MixKVQCache.load(file.write(tmp_path / "c"), config=tiny().config)
+    assert len(str(caught.value)) < 4000 and str(caught.value).isprintable()
+
+
+def test_a_full_stack_is_not_blamed_on_the_file(saved):
+    def deep(frames):
+        return MixKVQCache.load(saved) if frames == 0 else deep(frames - 1)
+
+    errors = set()
+    for frames in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit(), 2):
+        try:
+            deep(frames)
+        except BaseException as error:
+            errors.add(type(error))
+    assert errors == {RecursionError}
+
+
 def test_records_that_were_tampered_with_are_refused_or_harmless(saved, tmp_path):
     """Every byte of a record's header and channel map in turn: the kernels never get what they cannot read."""
     path, kept = tmp_path / "c", 0

@@ -74,7 +74,7 @@ class ReferenceSimulator:
         return keys, values, float(sum(map(len, records)))
 
 
-class SimulatedLayer(MixKVQLayer):  # type: ignore[no-untyped-call]
+class SimulatedLayer(MixKVQLayer):
     """A layer that stays plain; blocks that are due are replaced by their decoded values."""
 
     def __init__(self, simulator: Simulator, index: int, ledger: Ledger) -> None:
