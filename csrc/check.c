@@ -75,6 +75,15 @@ static mkvq_status check_view(const mkvq_view *v, const char *name, mkvq_error *
     return check_head_dim(v->shape[3], error);
 }
 
+static mkvq_status check_written(const mkvq_view *v, const char *name, mkvq_error *error)
+{
+    PASS(check_view(v, name, error));
+    for (int i = 0; i < 4; i++)
+        REQUIRE(v->shape[i] <= 1 || v->stride[i] != 0, MKVQ_E_SHAPE, name, v->stride[i],
+                "of strides other than 0, as it is written");
+    return MKVQ_OK;
+}
+
 static mkvq_status same_shape(const mkvq_view *a, const mkvq_view *b, const char *name,
                               mkvq_error *error)
 {
@@ -423,8 +432,8 @@ mkvq_status mkvq_check_unpack(const mkvq_unpack_args *a, int place, mkvq_error *
     REQUIRE(a, MKVQ_E_NULL, "args", 0, "an address");
     int32_t ignored;
     PASS(check_history(a->history, place, &ignored, error));
-    PASS(check_view(&a->k, "k", error));
-    PASS(check_view(&a->v, "v", error));
+    PASS(check_written(&a->k, "k", error));
+    PASS(check_written(&a->v, "v", error));
     PASS(same_shape(&a->k, &a->v, "v", error));
     const mkvq_history *h = a->history;
     REQUIRE(a->k.shape[0] == h->batch, MKVQ_E_SHAPE, "k", a->k.shape[0], "of the history's batch");
@@ -446,7 +455,8 @@ mkvq_status mkvq_check_append(const mkvq_append_args *a, int place, mkvq_error *
     const mkvq_view *views[4] = {&a->k, &a->v, &a->k_new, &a->v_new};
     const char *names[4] = {"k", "v", "k_new", "v_new"};
     for (int i = 0; i < 4; i++) {
-        PASS(check_view(views[i], names[i], error));
+        PASS(i < 2 ? check_written(views[i], names[i], error)
+                   : check_view(views[i], names[i], error));
         REQUIRE(views[i]->dtype == a->k.dtype, MKVQ_E_DTYPE, names[i], views[i]->dtype,
                 "of the buffer's dtype");
         for (int d = 0; d < 4; d++)
@@ -468,7 +478,7 @@ mkvq_status mkvq_check_attend(const mkvq_attend_args *a, int place, mkvq_error *
     int32_t ignored;
     PASS(check_history(a->history, place, &ignored, error));
     PASS(check_view(&a->q, "q", error));
-    PASS(check_view(&a->out, "out", error));
+    PASS(check_written(&a->out, "out", error));
     PASS(same_shape(&a->q, &a->out, "out", error));
     PASS(check_view(&a->k, "k", error));
     PASS(check_view(&a->v, "v", error));

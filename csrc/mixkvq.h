@@ -73,7 +73,7 @@ typedef enum {
 typedef struct {
     void *data; /* const for inputs by contract */
     int64_t shape[4];
-    int64_t stride[4]; /* in elements; 0 broadcasts */
+    int64_t stride[4]; /* in elements; 0 broadcasts what is only read */
     int32_t dtype;
 } mkvq_view;
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import compat
+from .autograd import in_dual_level
 from .handle import KEYS, VALUES, PackedHandle
 from .identity import Attention, Identity
 from .masks import reveals_padding
@@ -108,6 +109,7 @@ class Agreement:
             or tuple(arguments) != self.names
             or not (self.identity.thing() is function or self.identity.of(function))
             or (query.requires_grad and torch.is_grad_enabled())
+            or in_dual_level()
             or compat.attention_weights_wanted()
         ):
             return False

@@ -91,12 +91,27 @@ def _aligned(nbytes: int) -> NDArray[np.uint8]:
     return room[shift : shift + nbytes]
 
 
-def _rows(values: ArrayLike) -> NDArray[np.int64]:
-    return np.ascontiguousarray(values, np.int64)
+def _rows(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    given = np.asarray(values)
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"{name} is of dtype {given.dtype}, must be of whole numbers")
+    return np.ascontiguousarray(given, np.int64)
 
 
-def _half(mu: ArrayLike | None) -> NDArray[Any] | None:
-    return None if mu is None else np.ascontiguousarray(mu)
+def _half(mu: ArrayLike) -> NDArray[np.float16]:
+    """A copy, of this machine's byte order."""
+    given = np.asarray(mu)
+    if given.dtype.kind not in "fu" or given.dtype.itemsize != 2:
+        raise ValueError(f"mu is of dtype {given.dtype}, must be float16 or uint16")
+    return np.array(given, given.dtype.newbyteorder("="), order="C").view(np.float16)
+
+
+def _flags(has_mu: ArrayLike) -> NDArray[np.uint8]:
+    """A copy."""
+    given = np.asarray(has_mu)
+    if given.dtype.kind not in "biu":
+        raise ValueError(f"has_mu is of dtype {given.dtype}, must be uint8")
+    return np.array(given != 0, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -156,14 +171,14 @@ def pack(
     """
     handle = core_codec(codec)
     batch, heads, tokens, head_dim = k.shape
-    starts = np.zeros(batch, np.int64) if first is None else _rows(first)
-    counts = np.maximum(tokens - starts, 0) // codec.block_length if blocks is None else _rows(blocks)
+    starts = np.zeros(batch, np.int64) if first is None else _rows("first", first)
+    counts = np.maximum(tokens - starts, 0) // codec.block_length if blocks is None else _rows("blocks", blocks)
     most, bound = max(int(counts.max(initial=0)), 0), handle.record_bound
     out = _aligned(batch * heads * most * bound)
     sizes, raised = np.zeros((2, batch, heads, most), np.int64)
     if codec.key_reference:
-        mu = np.zeros((batch, heads, head_dim), np.float16) if mu is None else np.array(mu).view(np.float16)
-        has_mu = np.zeros((batch, heads), np.uint8) if has_mu is None else np.array(has_mu, np.uint8)
+        mu = np.zeros((batch, heads, head_dim), np.float16) if mu is None else _half(mu)
+        has_mu = np.zeros((batch, heads), np.uint8) if has_mu is None else _flags(has_mu)
     else:
         mu = has_mu = None
     weights = None if importance is None else np.ascontiguousarray(importance)
@@ -203,8 +218,9 @@ def _layer(
             slab[offset : offset + len(record)] = np.frombuffer(record, np.uint8)
             offset += -(-len(record) // 64) * 64
     base = np.array([slab.ctypes.data], np.uint64)
-    starts = None if start is None else _rows(start)
-    handle = _Layer(k, v, _rows(exact), starts, sink_length, base, _rows([slab.nbytes]), place, blocks, _half(mu))
+    starts = None if start is None else _rows("start", start)
+    sizes, reference = np.array([slab.nbytes], np.int64), None if mu is None else _half(mu)
+    handle = _Layer(k, v, _rows("exact", exact), starts, sink_length, base, sizes, place, blocks, reference)
     handle.slab = slab
     return handle
 
@@ -243,8 +259,8 @@ def unpack(record: bytes, *, mu: ArrayLike | None = None, dtype: str = "float32"
     info = inspect(record)
     k, v = (np.empty((1, 1, info["tokens"], info["head_dim"]), _numpy_dtype(dtype)) for _ in range(2))
     window = np.empty((1, 1, 0, info["head_dim"]), np.float32)
-    reference = None if mu is None else np.ascontiguousarray(mu)[None, None]
-    _layer([[[record]]], window, window, [0], mu=reference).unpack(k, v, _rows([0]))
+    reference = None if mu is None else np.asarray(mu)[None, None]
+    _layer([[[record]]], window, window, [0], mu=reference).unpack(k, v, np.zeros(1, np.int64))
     return k[0, 0], v[0, 0]
 
 
@@ -385,5 +401,5 @@ def salience(
         Naming the argument, its value and what is allowed.
     """
     total = np.zeros((q.shape[0], kv_heads, q.shape[3])) if sum is None else np.array(sum, np.float64)
-    _core.salience(q, kv_heads, power, None if first is None else _rows(first), total)
+    _core.salience(q, kv_heads, power, None if first is None else _rows("first", first), total)
     return total

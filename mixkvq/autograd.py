@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 P = ParamSpec("P")
@@ -22,6 +23,23 @@ def outside_autograd(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a derivative by any of them is being computed, backward or forward."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return in_dual_level() and any(map(_has_tangent, tensors))
+
+
+def in_dual_level() -> bool:
+    """Whether derivatives are computed forward."""
+    level: int = forward_ad._current_level
+    return level >= 0
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 class OrdinaryCopies:

@@ -14,6 +14,7 @@ import torch
 
 from . import compat, lookup, reasons
 from .agreement import POSITIONS, Agreement, attend_as_agreed
+from .autograd import differentiated
 from .handle import KEYS, VALUES, PackedHandle
 from .identity import Attention
 from .layer import DEQUANTIZED, EVERY_STEP, NATIVE, MixKVQLayer
@@ -147,7 +148,7 @@ class Call:
     def packed_refusal(self, layer: MixKVQLayer) -> Reason | None:
         """As `refusal`, for a packed layer: also if the proof does not cover this call or weights are wanted."""
         proof, n = layer.proof, self.query.shape[2]
-        if torch.is_grad_enabled() and self.query.requires_grad:
+        if differentiated(self.query):
             return reasons.GRADIENTS
         if self.arguments.get("output_attentions") or compat.attention_weights_wanted():
             return reasons.WEIGHTS
@@ -229,7 +230,7 @@ def _plain_call(tag: Tag, call: Call) -> Any:
     if not layer.waiting:  # a module that reads what an earlier one has read
         return _from_records(call, layer, result, seen=False) if tag.decoded and layer.proof is not None else result
     layer.waiting = False
-    if torch.is_grad_enabled() and call.query.requires_grad:
+    if differentiated(call.query):
         layer.become_native(reasons.GRADIENTS)
         return result
     if call._query_refusal(layer) is None and (call.mask is None or call._mask_refusal(layer) is None):

@@ -9,7 +9,8 @@ native       full precision for good: training, or keys and values that records 
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -18,7 +19,7 @@ from . import compat, guard, lookup, ops, reasons
 from .agreement import Agreement
 from .arrays import precision_code
 from .assigning import AssignedStates
-from .autograd import outside_autograd
+from .autograd import differentiated, in_dual_level, outside_autograd
 from .config import MixKVQConfig
 from .guard import NOT_YET, Begun, exclusive, undoing
 from .handle import KEYS, Handles
@@ -135,6 +136,11 @@ class MixKVQLayer(AssignedStates, SentAsCopy, DynamicLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "busy": guard.mark_of_copy(self)}
 
+    def __copy__(self) -> Self:
+        """As of a `DynamicLayer`: what one goes on with does not reach the other. Only what never changes is shared."""
+        records = [] if self.store is None else self.store.records.slabs
+        return copy.deepcopy(self, {id(thing): thing for thing in (self._k, self._v, *records) if thing is not None})
+
     # ---- growing ---------------------------------------------------------------------------------------------------
     @exclusive
     def update(
@@ -198,6 +204,7 @@ class MixKVQLayer(AssignedStates, SentAsCopy, DynamicLayer):
             or not key.dtype == value.dtype == token[1]
             or not key.get_device() == value.get_device() == token[2]
             or (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
+            or in_dual_level()
         ):
             return None
         if self.busy:
@@ -221,7 +228,7 @@ class MixKVQLayer(AssignedStates, SentAsCopy, DynamicLayer):
     def _update_plain(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._k is None or self._v is None:
             # copies: the caller may use its tensors again
-            k, v = (t.view_as(t) if t.requires_grad else t.detach().clone() for t in (key, value))
+            k, v = (t.view_as(t) if t.requires_grad or differentiated(t) else t.detach().clone() for t in (key, value))
             length = self.length + key.shape[-2]
             self._k, self._v, self.waiting, self.length, self._unsettled = k, v, True, length, True
             if self.mode == PLAIN:
@@ -249,7 +256,7 @@ class MixKVQLayer(AssignedStates, SentAsCopy, DynamicLayer):
 
     def _obstacle(self, key: torch.Tensor, value: torch.Tensor) -> Reason | None:
         """Why these tokens must stay in full precision."""
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        if differentiated(key, value):
             return reasons.GRADIENTS
         if not self.length:
             return obstacle(self.mixkvq_config, key, value)

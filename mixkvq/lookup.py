@@ -37,7 +37,10 @@ method only if another library puts the first aside, which it may bring back whe
 
 
 def _forbidden() -> bool:
-    return os.environ.get("MIXKVQ_HOOK", "on") == "off"
+    asked = os.environ.get("MIXKVQ_HOOK") or "on"
+    if asked not in ("on", "off"):
+        raise ValueError(f"MIXKVQ_HOOK is {asked!r}, must be 'on' or 'off'")
+    return asked == "off"
 
 
 def install(through: Callable[[Attention], Attention], done: types.CodeType) -> None:

@@ -61,6 +61,13 @@ def _dense(tensor: Tensor, name: str, dtype: torch.dtype) -> _View:
     return tensor.data_ptr(), 0, tensor.shape, ()
 
 
+def _written(tensor: Tensor, name: str) -> _View:
+    """As `_view`, of memory that is kept or written."""
+    if tensor.is_neg():
+        raise _refuse(name, "a view that negates what it reads", "resolved: see torch.Tensor.resolve_neg")
+    return _view(tensor, name)
+
+
 def _dense_or_none(tensor: Tensor | None, name: str, dtype: torch.dtype) -> _View | None:
     return None if tensor is None else _dense(tensor, name, dtype)
 
@@ -119,6 +126,7 @@ def pack(
             k, v, fields, thresholds, first, blocks, max_blocks, importance, mu, has_mu
         )
         return packed
+    k, v = k.resolve_neg(), v.resolve_neg()
     handle = core_codec(codec)
     if max_blocks < 0:
         raise _refuse("max_blocks", max_blocks, "0 or more")
@@ -168,6 +176,7 @@ def salience_(sum: Tensor, q: Tensor, kv_heads: int, power: int, first: Tensor |
         torch.ops.mixkvq.salience_(sum, q, kv_heads, power, first)
         return
     starts = _dense_or_none(first, "first", torch.int64)
+    q = q.resolve_neg()
     _core.salience(_view(q, "q"), kv_heads, power, starts, _dense(sum, "sum", torch.float64))
 
 
@@ -203,9 +212,12 @@ def layer(
     """A handle for the packed history and the exact window of one layer.
 
     It holds addresses: change the tensors in place and it sees the change; when one is replaced, or a slab is added,
-    make a new one. On a CUDA device, places and numbers of blocks that change later are seen only in the tensors of the
-    handle, ``tensors.place`` (addresses, `operators.addresses`) and ``tensors.blocks``: change those in place, and a
-    CUDA graph of `attend` sees the change, too. New records must be of as many tokens and not larger.
+    make a new one. Their memory must stay where it is: ``share_memory_``, `multiprocessing` (which calls it for tensors
+    that it sends) and ``resize_`` move it. `append` to a handle on the CPU is refused while another thread uses it.
+
+    On a CUDA device, places and numbers of blocks that change later are seen only in the tensors of the handle,
+    ``tensors.place`` (addresses, `operators.addresses`) and ``tensors.blocks``: change those in place, and a CUDA graph
+    of `attend` sees the change, too. New records must be of as many tokens and not larger.
 
     Parameters
     ----------
@@ -261,8 +273,8 @@ def core_layer(
     """As `layer`, on the CPU. Checks every record."""
     addresses = np.array([_dense(slab, "slabs", torch.uint8)[0] for slab in slabs], np.uint64)
     handle = Layer(
-        _view(k, "k"),
-        _view(v, "v"),
+        _written(k, "k"),
+        _written(v, "v"),
         _dense(exact, "exact", torch.int64),
         _dense_or_none(start, "start", torch.int64),
         sink_length,
@@ -329,6 +341,8 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if is_compiling() or type(handle) is not Layer:
         return operators.attend(handle, q, mask, causal, scale, softcap, sink_logits, precision, observe)
+    if q.is_neg():
+        q = q.resolve_neg()
     view = _view(q, "q")
     shape = view[2]
     if len(shape) != 4:
@@ -362,6 +376,8 @@ def append(handle: Handle, k_new: Tensor, v_new: Tensor) -> None:
     if is_compiling() or type(handle) is not Layer:
         operators.append(handle, k_new, v_new)
         return
+    if k_new.is_neg() or v_new.is_neg():
+        k_new, v_new = k_new.resolve_neg(), v_new.resolve_neg()
     handle.append(_view(k_new, "k_new"), _view(v_new, "v_new"))
 
 
@@ -376,4 +392,4 @@ def unpack(handle: Handle, k: Tensor, v: Tensor, first: Tensor) -> None:
     if is_compiling() or type(handle) is not Layer:
         operators.unpack(handle, k, v, first)
         return
-    handle.unpack(_view(k, "k"), _view(v, "v"), _dense(first, "first", torch.int64))
+    handle.unpack(_written(k, "k"), _written(v, "v"), _dense(first, "first", torch.int64))

@@ -377,6 +377,87 @@ def test_other_threads_run_during_a_call():
     assert turns > 2000, f"{turns} turns in {took:.3f} s"
 
 
+def test_a_handle_appends_in_one_thread_only():
+    """What no thread has been told of is not there, and nothing is written behind the buffer."""
+    room = np.zeros((2, 32, 8, 72, 64), np.float32)  # of 72 tokens 64 are the window's
+    arguments = window(32, 8, 64, 64)
+    arguments |= {"k": room[0, :, :, :64], "v": room[1, :, :, :64], "exact": np.zeros(32, np.int64)}
+    layer, new = _core.Layer(**arguments), np.ones((32, 8, 1, 64), np.float32)
+    appended, refused, others = [], [], []
+
+    def call():
+        for _ in range(200):
+            try:
+                layer.append(new, new)
+                appended.append(1)
+            except RuntimeError as error:
+                refused.append(str(error))
+            except ValueError as error:
+                others.append(str(error))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(appended) == 64 and (arguments["exact"] == 64).all() and not room[..., 64:, :].any()
+    assert {*refused} <= {"the Layer is in use by another thread: append runs alone"}
+    assert all("must be such that the new tokens fit" in message for message in others)
+    assert len(appended) + len(refused) + len(others) == 800
+    layer.attend(*(np.zeros((32, 8, 1, 64), np.float32) for _ in range(2)), None, False, 1.0, 0.0, None, 0)
+
+
+def test_what_is_written_does_not_overlap_itself():
+    arguments = window(2, 2, 8)
+    row = np.zeros((1, 2, 8, 16), np.float32)
+    shared = np.broadcast_to(row, (2, 2, 8, 16))
+    shared.flags.writeable = True
+    new = np.ones((2, 2, 1, 16), np.float32)
+    layer = _core.Layer(**{**arguments, "k": shared})
+    with pytest.raises(ValueError, match="k is 0, must be of strides other than 0, as it is written"):
+        layer.append(new, new)
+    with pytest.raises(ValueError, match="v is 0, must be of strides other than 0"):
+        _core.Layer(**arguments).unpack(np.zeros((2, 2, 8, 16), np.float32), shared, np.zeros(2, np.int64))
+    out = np.broadcast_to(np.zeros((1, 4, 1, 16), np.float32), (2, 4, 1, 16))
+    out.flags.writeable = True
+    with pytest.raises(ValueError, match="out is 0, must be of strides other than 0"):
+        attend(layer, queries(), out)
+    assert not row.any() and not out.any()
+    layer.unpack(*(np.zeros((2, 2, 8, 16), np.float32) for _ in range(2)), np.zeros(2, np.int64))
+
+
+def test_the_pool_may_be_taken_out_in_the_middle_of_a_call():
+    """With a cap on threads every loop of a call looks it up; that of the references is the first of two."""
+    done = python(
+        """
+        import ctypes, numpy as np
+        from mixkvq import _core, arrays
+        from mixkvq.config import MixKVQConfig
+        Body = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        calls = []
+        @ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, Body, ctypes.c_void_p)
+        def pool(begin, end, grain, body, ctx):
+            calls.append((begin, end))
+            _core.set_executor_address(0)
+            body(begin, end, ctx)
+            return 0
+        k, v = np.random.default_rng(0).standard_normal((2, 2, 4, 256, 64)).astype(np.float32)
+        codec = MixKVQConfig.preset("default").codec(64, "float32")
+        plain = arrays.pack(codec, k, v)
+        _core.set_executor_address(ctypes.cast(pool, ctypes.c_void_p).value)
+        assert arrays.pack(codec, k, v).records == plain.records
+        print(calls)
+        """,
+        MIXKVQ_NUM_THREADS="2",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[(0, 8)]\n", "")
+
+
 POOL = """
     import ctypes, numpy as np
     from mixkvq import _core, arrays

@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES
 from models import forward, generate, lossless, paths, prompts, relative_gap, tiny
 from scenarios import SCENARIOS, Case
+from torch.autograd import forward_ad
 from transformers import DynamicCache
 from versions import needs_eager
 
@@ -126,6 +127,39 @@ def test_gradients_after_packing_go_on_in_full_precision():
         )
         < 1e-5
     )
+
+
+@pytest.mark.parametrize("tokens", [20, 90])
+@pytest.mark.parametrize("what", ["everything", "keys and values", "queries"])
+def test_tangents_of_forward_differentiation_are_kept(tokens, what):
+    """Of the input, or of one projection of the last layer's."""
+    model, ids = tiny("llama", "eager"), prompts([tokens])["input_ids"]
+    embedded = model.get_input_embeddings()(torch.tensor([[5]])).detach()
+    direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+
+    def projected(module, args, output):
+        return forward_ad.make_dual(output, torch.ones_like(output))
+
+    def tangent(cache):
+        forward(model, cache, ids)
+        with torch.no_grad(), forward_ad.dual_level():
+            if what == "everything":
+                given = forward_ad.make_dual(embedded, direction)
+                return forward_ad.unpack_dual(model(inputs_embeds=given, **cache_argument(cache)).logits).tangent
+            attention = model.model.layers[-1].self_attn
+            names = ["q_proj"] if what == "queries" else ["k_proj", "v_proj"]
+            hooks = [getattr(attention, name).register_forward_hook(projected) for name in names]
+            try:
+                return forward_ad.unpack_dual(model(input_ids=ids[:, :1], **cache_argument(cache)).logits).tangent
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    want = tangent(DynamicCache())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = tangent(lossless())
+    assert want.norm() > 0 and relative_gap(got, want) < 1e-5
 
 
 def test_more_bits_come_closer_to_the_exact_cache():

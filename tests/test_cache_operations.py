@@ -221,6 +221,33 @@ def test_copies_are_equal_and_independent(preset, how):
     assert_equal_step(cache, mask)
 
 
+@pytest.mark.parametrize("tokens", [40, 300])
+@pytest.mark.parametrize("preset", ["default", "lossless"])
+def test_shallow_copies_of_layers_go_on_alone(preset, tokens):
+    """As snapshots of a `DynamicCache` do, whose layers replace their tensors."""
+    model, ids = tiny("llama"), prompts([tokens])["input_ids"]
+    steps = torch.arange(1, 13).view(12, 1, 1)
+
+    def go_on(cache, at):
+        return torch.cat([forward(model, cache, step) for step in steps[at]])
+
+    def begun():
+        cache = MixKVQCache(preset)
+        forward(model, cache, ids)
+        return cache
+
+    cache = begun()
+    snapshot = copy.copy(cache)
+    snapshot.layers = [copy.copy(layer) for layer in cache.layers]
+    mine = go_on(cache, slice(0, 6))
+    theirs = go_on(snapshot, slice(6, 12))
+    assert torch.equal(torch.cat([mine, go_on(cache, slice(6, 9))]), go_on(begun(), slice(0, 9)))
+    assert torch.equal(theirs, go_on(begun(), slice(6, 12)))
+    if tokens == 300:
+        slabs, others = (each.layers[0].store.records.slabs for each in (cache, snapshot))
+        assert slabs[0] is others[0] and not any(t.is_shared() for t in slabs), "records are never written again"
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 def test_copies_of_an_empty_cache(how):
     cache = how(MixKVQCache("compact", sink_length=8))

@@ -72,6 +72,10 @@ def test_thresholds(pair, value):
         ("importance", {"importance": ONE * np.float32(np.nan)}),
         ("importance", {"importance": ONE * np.float32(np.inf)}),
         ("importance", {"importance": ONE[..., :8]}),
+        ("first is of dtype float64, must be of whole numbers", {"first": [0.9]}),
+        ("blocks is of dtype <U1, must be of whole numbers", {"blocks": ["1"]}),
+        ("mu is of dtype float32, must be float16 or uint16", {"mu": ONE}),
+        ("has_mu is of dtype float64, must be uint8", {"has_mu": [[0.0]]}),
     ],
 )
 def test_pack_arguments(name, change):
@@ -88,6 +92,8 @@ def test_pack_arguments(name, change):
         ("v", {"v": K[:, :, :60]}),
         ("exact", {"exact": [65]}),
         ("exact", {"exact": [-1]}),
+        ("exact is of dtype float64, must be of whole numbers", {"exact": [3.9]}),
+        ("mu is of dtype float64, must be float16 or uint16", {"mu": [[[0.0] * 16]]}),
         ("exact", {"exact": [3], "sink_length": 4}),
         ("sink_length", {"sink_length": -1}),
         ("start", {"start": [-1]}),
@@ -107,6 +113,20 @@ def test_attend_arguments(name, change):
     arrays.attend(**arguments)
     with pytest.raises(ValueError, match=name):
         arrays.attend(**{**arguments, **change})
+
+
+def test_references_of_any_byte_order_and_layout_are_the_same():
+    """And any number but 0 says that there is one."""
+    first = arrays.pack(CODEC, K, K)
+    assert first.mu is not None and first.has_mu is not None
+    again = arrays.pack(CODEC, K, K, mu=first.mu, has_mu=first.has_mu)
+    wide = np.repeat(first.mu.astype(">f2"), 2, -1)[..., ::2]
+    for mu in (first.mu.astype(">f2"), first.mu.view(np.uint16).astype(">u2"), wide):
+        other = arrays.pack(CODEC, K, K, mu=mu, has_mu=first.has_mu.astype(np.int64) * 256)
+        assert other.records == again.records and other.mu.dtype == np.float16
+        assert np.array_equal(other.mu, first.mu)
+        keys, _ = arrays.unpack(again.records[0][0][0], mu=mu[0, 0])
+        assert np.array_equal(keys, arrays.unpack(again.records[0][0][0], mu=first.mu[0, 0])[0])
 
 
 def test_query_heads_must_be_a_multiple_of_the_kv_heads():

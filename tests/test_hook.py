@@ -250,6 +250,16 @@ def test_without_the_hook_everything_is_decoded_and_right():
         assert all(layer.dequantizations > 0 for layer in cache.layers)
 
 
+@pytest.mark.parametrize("value", ["OFF", "0", "false"])
+def test_the_environment_must_say_on_or_off(monkeypatch, value):
+    monkeypatch.setenv("MIXKVQ_HOOK", value)
+    with pytest.raises(ValueError, match=f"MIXKVQ_HOOK is '{value}', must be 'on' or 'off'"):
+        MixKVQCache()
+    for allowed in ("", "on"):
+        monkeypatch.setenv("MIXKVQ_HOOK", allowed)
+        MixKVQCache()
+
+
 def test_the_environment_can_forbid_the_hook(monkeypatch):
     try:
         mixkvq.uninstall()

@@ -298,6 +298,32 @@ def test_without_the_torch_module_all_but_compiled_graphs_works():
     assert "pip install --force-reinstall --no-deps --no-cache-dir " in result.stdout
 
 
+def negated(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, negated when they are read."""
+    view = torch.complex(x.float(), -x.float()).conj().imag
+    assert view.is_neg() and torch.equal(view, x)
+    return view
+
+
+def test_views_that_negate_are_read_as_what_they_mean():
+    c, n = case(), torch.ones(2, 2, 1, 32)
+    handle, q = c.layer(), queries()
+    assert torch.equal(ops.attend(handle, negated(q)), ops.attend(handle, q))
+    packed = ops.pack(c.codec, negated(c.k), negated(c.v), c.first, c.blocks, 2, c.importance, c.mu, c.has_mu)
+    assert dataclasses.replace(c, staging=packed[0], sizes=packed[1]).records() == c.records()
+    sums = torch.zeros(2, 2, 2, 32, dtype=torch.float64)
+    ops.salience_(sums[0], negated(q), 2, 1)
+    ops.salience_(sums[1], q, 2, 1)
+    assert torch.equal(*sums)
+    ops.append(handle, negated(n), negated(-n))
+    for row, at in enumerate((10, 7)):
+        assert (c.window[0][row, :, at] == 1).all() and (c.window[1][row, :, at] == -1).all()
+    with pytest.raises(ValueError, match="k is a view that negates what it reads, must be resolved"):
+        ops.unpack(handle, negated(torch.zeros(2, 2, 140, 32)), torch.zeros(2, 2, 140, 32), c.first)
+    with pytest.raises(ValueError, match="v is a view that negates what it reads, must be resolved"):
+        ops.layer(c.window[0], negated(c.window[1]), c.exact, None, 2, [], c.place, torch.zeros_like(c.blocks))
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 def test_errors_name_the_argument():
     c = case()
@@ -339,6 +365,7 @@ ATTEND = ("slabs", "place", "blocks", "mu", "k", "v", "exact", "start", "sink_le
     ("mu", lambda mu: mu.transpose(0, 1), "mu must be contiguous"),
     ("exact", lambda exact: exact[:1], "exact is of size 1 in dimension 0, must be of size 2"),
     ("sink_length", lambda _: -1, "sink_length is -1, must be"),
+    ("sink_length", lambda _: (1 << 32) + 2, "sink_length is 4294967298, must fit into 32 bits"),
     ("mask", lambda _: torch.ones(1, 1, 3, 140, dtype=torch.bool), "causal is True, must be False when a mask"),
     ("scaling", lambda _: float("nan"), "scaling is .*, must be"),
     ("precision", lambda _: 3, "precision is 3, must be 0, 1 or 2"),

@@ -66,6 +66,8 @@ void mkvq_py_set_executor(mkvq_executor executor);
 void mkvq_py_set_torch_pool(uintptr_t address);
 /* From now on a forked process uses no pool; -1 with MemoryError if that cannot be arranged. */
 int mkvq_py_watch_forks(void);
+/* How many forks this process is away from the one that imported the module. */
+int mkvq_py_forks(void);
 /* Reads MIXKVQ_NUM_THREADS; -1 with ImportError if it is not a positive number. */
 int mkvq_py_read_threads(void);
 #endif

@@ -14,8 +14,9 @@ typedef struct {
     int64_t *exact;
     const int64_t *start;
     int32_t sink_length;
-    int64_t *tables;  /* copies of slab_base, slab_bytes, place, blocks */
-    PyObject *arrays; /* the constructor's arguments, kept alive */
+    int64_t *tables;               /* copies of slab_base, slab_bytes, place, blocks */
+    PyObject *arrays;              /* the constructor's arguments, kept alive */
+    int reading, appending, forks; /* calls under way, and in which process; changed with the GIL */
 } handle;
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -135,6 +136,44 @@ static void stretch(mkvq_view *mask, const mkvq_view *q)
         }
 }
 
+/* The core checks the window's lengths once and reads them again: `append`, which changes them, runs
+ * alone. Calls that were under way in other threads at a fork are none of the child's. */
+static int enter(handle *self, int appends)
+{
+    const int forks = mkvq_py_forks();
+    if (self->forks != forks)
+        self->reading = self->appending = 0, self->forks = forks;
+    if (self->appending || (appends && self->reading)) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "the Layer is in use by another thread: append runs alone");
+        return -1;
+    }
+    if (appends)
+        self->appending = 1;
+    else
+        self->reading++;
+    return 0;
+}
+
+static PyObject *leave(handle *self, PyObject *result)
+{
+    if (self->appending)
+        self->appending = 0;
+    else
+        self->reading--;
+    return result;
+}
+
+static PyObject *call_append(mkvq_append_args *a)
+{
+    MKVQ_PY_CALL(mkvq_append(a, &error));
+}
+
+static PyObject *call_unpack(mkvq_unpack_args *a)
+{
+    MKVQ_PY_CALL(mkvq_unpack(a, &error));
+}
+
 static PyObject *call_attend(mkvq_attend_args *a)
 {
     const int64_t bytes = mkvq_attend_workspace(a);
@@ -196,7 +235,7 @@ static PyObject *layer_attend(PyObject *obj, PyObject *const *args, Py_ssize_t n
                       &sink_logits) < 0)
         return NULL;
     a.sink_logits = sink_logits;
-    return call_attend(&a);
+    return enter(self, 0) < 0 ? NULL : leave(self, call_attend(&a));
 }
 
 static PyObject *layer_append(PyObject *obj, PyObject *const *args, Py_ssize_t n)
@@ -211,7 +250,7 @@ static PyObject *layer_append(PyObject *obj, PyObject *const *args, Py_ssize_t n
         mkvq_py_view(args[0], "k_new", 0, MKVQ_BF16, &a.k_new) < 0 ||
         mkvq_py_view(args[1], "v_new", 0, MKVQ_BF16, &a.v_new) < 0)
         return NULL;
-    MKVQ_PY_CALL(mkvq_append(&a, &error));
+    return enter(self, 1) < 0 ? NULL : leave(self, call_append(&a));
 }
 
 static PyObject *layer_unpack(PyObject *obj, PyObject *const *args, Py_ssize_t n)
@@ -227,7 +266,7 @@ static PyObject *layer_unpack(PyObject *obj, PyObject *const *args, Py_ssize_t n
     if (mkvq_py_dense(args[2], "first", 0, MKVQ_PY_I64, 1, rows, &first) < 0)
         return NULL;
     a.first = first;
-    MKVQ_PY_CALL(mkvq_unpack(&a, &error));
+    return enter(self, 0) < 0 ? NULL : leave(self, call_unpack(&a));
 }
 
 static PyMethodDef methods[] = {

@@ -17,14 +17,15 @@ typedef int32_t (*torch_pool)(int64_t begin, int64_t end, int64_t grain, mkvq_bo
 
 static _Atomic(mkvq_executor) installed;
 static _Atomic(torch_pool) pool;
-static _Atomic(int) forked;         /* since the executor was installed */
+static _Atomic(int) forked; /* since the executor was installed */
+static _Atomic(int) forks;
 static int64_t threads = INT64_MAX; /* set once, at import */
 
 static void capped(int64_t n, int64_t grain, mkvq_body body, void *ctx)
 {
     const mkvq_executor executor = atomic_load_explicit(&installed, memory_order_acquire);
     const int64_t least = n / threads + (n % threads != 0);
-    if (threads == 1)
+    if (threads == 1 || !executor) /* taken out since the call began */
         body(0, n, ctx);
     else
         executor(n, grain > least ? grain : least, body, ctx);
@@ -47,6 +48,12 @@ void mkvq_py_set_executor(mkvq_executor executor)
 static void in_child(void)
 {
     atomic_store_explicit(&forked, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&forks, 1, memory_order_relaxed);
+}
+
+int mkvq_py_forks(void)
+{
+    return atomic_load_explicit(&forks, memory_order_relaxed);
 }
 
 int mkvq_py_watch_forks(void)

@@ -30,7 +30,7 @@ void salience_(Tensor sum, const Tensor q, int64_t kv_heads, int64_t power, cons
     const Where where(q, "q");
     mkvq_salience_args a{};
     a.q = view(where, q, "q");
-    a.kv_heads = static_cast<int32_t>(kv_heads), a.power = static_cast<int32_t>(power);
+    a.kv_heads = int32_of(kv_heads, "kv_heads"), a.power = int32_of(power, "power");
     a.first = dense<int64_t>(where, first, "first", ScalarType::Long, {a.q.shape[0]});
     a.sum = dense<double>(where, sum, "sum", ScalarType::Double,
                           {a.q.shape[0], kv_heads, a.q.shape[3]});
@@ -131,7 +131,7 @@ Tensor attend(const Tensor q, const std::vector<Tensor> slabs, const Tensor plac
     a.history = &history.c;
     a.exact = dense<int64_t>(where, exact, "exact", ScalarType::Long, {a.k.shape[0]});
     a.start = dense<int64_t>(where, start, "start", ScalarType::Long, {a.k.shape[0]});
-    a.sink_length = static_cast<int32_t>(sink_length);
+    a.sink_length = int32_of(sink_length, "sink_length");
     STD_TORCH_CHECK(!(mask && causal), "causal is True, must be False when a mask is given");
     a.mask_kind = mask ? MKVQ_MASK_ARRAY : causal ? MKVQ_MASK_CAUSAL : MKVQ_MASK_NONE;
     if (mask)

@@ -79,6 +79,13 @@ T *dense(const Where &where, const Optional &t, const char *name, ScalarType typ
     return t ? dense<T>(where, *t, name, type, shape) : nullptr;
 }
 
+inline int32_t int32_of(int64_t value, const char *name)
+{
+    STD_TORCH_CHECK(value >= INT32_MIN && value <= INT32_MAX, name, " is ", value,
+                    ", must fit into 32 bits");
+    return static_cast<int32_t>(value);
+}
+
 // ---- arguments shared by several ops ------------------------------------------------------------
 // All memory of the process as slabs of 2^40 bytes: an address is then a place in it.
 constexpr int64_t ALL_SLABS = 256, SLAB_SIZE = int64_t{1} << MKVQ_SLAB_SHIFT;
