@@ -42,9 +42,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def level_as_found():
     """Tests leave the instruction set as it was: lanes run all of them on one that they choose."""
+    core = sys.modules.get("mixkvq._core")
+    before = core and core.isa()
     yield
-    core, wanted = sys.modules.get("mixkvq._core"), os.environ.get("MIXKVQ_ISA")
-    assert core is None or wanted in (None, core.isa()), f"{core.isa()} is in use in place of {wanted}"
+    core = sys.modules.get("mixkvq._core")
+    for wanted in (before, os.environ.get("MIXKVQ_ISA")):
+        assert core is None or wanted in (None, core.isa()), f"{core.isa()} is in use in place of {wanted}"
 
 
 def pytest_terminal_summary(terminalreporter, config):
