@@ -11,16 +11,15 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
-from models import forward, paths, prompts, tiny
+from models import forward, paths, prompts
+from other_process import MODEL, TOKEN, steps, worked
 
 import mixkvq
 from mixkvq import MixKVQCache
 from mixkvq.guard import ANOTHER_THREAD
 from mixkvq.layer import MixKVQLayer
 
-MODEL = tiny()
 IDS = prompts([300])["input_ids"]
-TOKEN = torch.tensor([[5]])
 
 
 class OwnCache(MixKVQCache):
@@ -32,10 +31,6 @@ def filled(make=MixKVQCache):
     forward(MODEL, cache, IDS)
     forward(MODEL, cache, TOKEN)
     return cache
-
-
-def steps(cache, count=4):
-    return torch.cat([forward(MODEL, cache, TOKEN + step) for step in range(count)], 1)
 
 
 def sent(thing):
@@ -132,20 +127,13 @@ def _refusal(cache):
     return "sent"
 
 
-def _worked(cache, count):
-    """In another process, in which nobody has made a cache."""
-    length = cache.get_seq_length()
-    logits = steps(cache, count) if count else None
-    return length, logits, paths(cache), sum(layer.dequantizations for layer in cache.layers), cache
-
-
 def test_a_process_made_by_spawn_goes_on_and_sends_back():
     cache = filled()
     reference = copy.deepcopy(cache)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        first = pool.submit(_worked, cache, 3).result()
+        first = pool.submit(worked, cache, 3).result()
         here = steps(cache)
-        second = pool.submit(_worked, first[-1], 0).result()
+        second = pool.submit(worked, first[-1], 0).result()
     assert torch.equal(here, steps(copy.deepcopy(reference)))
     assert torch.equal(first[1], steps(reference, 3))
     assert first[0] == 301 and second[0] == 304
